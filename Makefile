@@ -1,0 +1,44 @@
+# The two commands of the README are `make demo` and `make test`; each sets up what it needs.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo test test-all lint format parity-setup clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+setup: $(READY)  ## make .venv and install the requirements
+
+$(READY): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"error: Python 3.11 to 3.13 is needed, $(PYTHON) is {v[0]}.{v[1]}; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --disable-pip-version-check -q --progress-bar on -r requirements.txt
+	$(PY) -m pip install --disable-pip-version-check -q --no-deps -e .
+	@touch $@
+
+demo: $(READY)  ## fine-tune SmolLM2-135M with LoRA and SiRA on real data and print a table
+	@$(PY) scripts/demo.py
+
+test: $(READY)  ## lint and the test suite (under 10 minutes on 2 cores)
+	@$(MAKE) --no-print-directory lint
+	@$(PY) -m pytest -n 2 -m "not slow and not parity"
+
+test-all: $(READY)  ## everything, the slow checks too; parity checks run where torch is installed
+	@$(MAKE) --no-print-directory lint
+	@$(PY) -m pytest -n 2
+
+parity-setup: $(READY)  ## install torch (CPU) and transformers, for the parity tests
+	$(PY) -m pip install --disable-pip-version-check -q -e '.[parity]'
+
+lint: $(READY)  ## ruff check and ruff format --check
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+
+format: $(READY)  ## reformat and apply the safe fixes
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format .
+
+clean:  ## delete caches and run directories (not .venv)
+	rm -rf .pytest_cache .ruff_cache .hypothesis runs build *.egg-info

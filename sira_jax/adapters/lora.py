@@ -1,0 +1,72 @@
+"""LoRA: y = W0 x + s B A dropout(x), s = alpha / rank. arXiv 2106.09685 [O].
+
+Axis letters: B batch, T length, D features in, F features out, R rank.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sira_jax.adapters.base import (
+    ADAPTER,
+    AdapterConfig,
+    AdapterContext,
+    AdapterFlops,
+    lora_a_init,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRAConfig(AdapterConfig):
+    """Fields of LoRA: those of AdapterConfig."""
+
+    method: ClassVar[str] = "lora"
+
+    def make_module(self) -> nn.Module:
+        return LoRA(config=self, name=ADAPTER)
+
+    def merge(self, params: Mapping[str, jax.Array], kernel_DF: jax.Array) -> jax.Array:
+        """W0 + s A B, summed in float32 and cast back to the kernel's type. Shapes (D, R), (R, F) -> (D, F)."""
+        delta_DF = self.scale * (
+            params["lora_a"].astype(jnp.float32) @ params["lora_b"].astype(jnp.float32)
+        )
+        return (kernel_DF.astype(jnp.float32) + delta_DF).astype(kernel_DF.dtype)
+
+    def count_parameters(self, d_in: int, d_out: int) -> int:
+        return self.rank * (d_in + d_out)
+
+    def flops_per_token(self, d_in: int, d_out: int) -> AdapterFlops:
+        return AdapterFlops(total=2 * self.rank * (d_in + d_out))
+
+
+class LoRA(nn.Module):
+    """Parameters: lora_a (D, R) kaiming-uniform, lora_b (R, F) zero, both float32."""
+
+    config: LoRAConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, y_BTF: jax.Array, kernel_DF: jax.Array, context: AdapterContext
+    ) -> jax.Array:
+        """Adds the low-rank term to the frozen projection's output y (B, T, F)."""
+        d_in, d_out = kernel_DF.shape
+        rank = self.config.rank
+        lora_a_DR = self.param(
+            "lora_a",
+            nn.with_logical_partitioning(lora_a_init, ("adapter_in", "rank")),
+            (d_in, rank),
+        )
+        lora_b_RF = self.param(
+            "lora_b",
+            nn.with_logical_partitioning(nn.initializers.zeros, ("rank", "adapter_out")),
+            (rank, d_out),
+        )
+        x_BTD = nn.Dropout(self.config.dropout_rate)(x_BTD, deterministic=context.deterministic)
+        h_BTR = x_BTD @ lora_a_DR.astype(x_BTD.dtype)
+        # Scaling here, at width R, spares a pass over the (B, T, F) output.
+        delta_BTF = (h_BTR * self.config.scale) @ lora_b_RF.astype(x_BTD.dtype)
+        return y_BTF + delta_BTF.astype(y_BTF.dtype)

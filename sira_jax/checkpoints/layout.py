@@ -1,0 +1,262 @@
+"""Where each parameter of the decoder is in a Hugging Face checkpoint, and how a tree of them is filled from one.
+
+Axis letters: L layers, D residual width, F MLP width, V vocabulary; a Hugging Face matrix is (out, in), ours (in, out).
+
+A leaf's memory is taken once, in its final type, filled a few rows at a time and handed to JAX before the next one is
+begun, the largest first: a load needs little more host memory than the model itself.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+
+from sira_jax.checkpoints.safetensors import TensorSource, row_chunks
+from sira_jax.errors import ModelFileError
+from sira_jax.models.config import DecoderConfig
+
+Path = tuple[str, ...]
+ShardingFn = Callable[[Path, tuple[int, ...]], jax.sharding.Sharding | None]
+_ALIGNMENT = 64  # JAX on CPU takes over a buffer without a copy when it is aligned so
+_LISTED = 8  # tensors named in one message
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One array of the parameter tree and the tensors it is made of.
+
+    Attributes:
+      path: keys down the tree.
+      shape: of the array, with the leading L if `stacked`.
+      names: Hugging Face names: one a layer if `stacked`, else a single one.
+      stacked: the tensors are laid along axis 0.
+      transposed: each tensor is stored as (out, in) and held as (in, out).
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
+    stacked: bool
+    transposed: bool
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """Shape of each tensor in the checkpoint."""
+        shape = self.shape[1:] if self.stacked else self.shape
+        return shape[::-1] if self.transposed else shape
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def leaves(config: DecoderConfig) -> list[Leaf]:
+    """Returns every leaf of the decoder's parameters, in the order of a checkpoint."""
+    d, f = config.emb_dim, config.mlp_dim
+    q = config.num_heads * config.head_dim
+    kv = config.num_kv_heads * config.head_dim
+    block = [
+        (("input_norm", "scale"), (d,), "input_layernorm.weight"),
+        (("attention", "q", "kernel"), (d, q), "self_attn.q_proj.weight"),
+        (("attention", "k", "kernel"), (d, kv), "self_attn.k_proj.weight"),
+        (("attention", "v", "kernel"), (d, kv), "self_attn.v_proj.weight"),
+        (("attention", "o", "kernel"), (q, d), "self_attn.o_proj.weight"),
+        (("mlp_norm", "scale"), (d,), "post_attention_layernorm.weight"),
+        (("mlp", "gate", "kernel"), (d, f), "mlp.gate_proj.weight"),
+        (("mlp", "up", "kernel"), (d, f), "mlp.up_proj.weight"),
+        (("mlp", "down", "kernel"), (f, d), "mlp.down_proj.weight"),
+    ]
+    if config.qkv_bias:
+        block += [
+            (("attention", "q", "bias"), (q,), "self_attn.q_proj.bias"),
+            (("attention", "k", "bias"), (kv,), "self_attn.k_proj.bias"),
+            (("attention", "v", "bias"), (kv,), "self_attn.v_proj.bias"),
+        ]
+
+    def single(path: Path, shape: tuple[int, ...], name: str, transposed: bool = False) -> Leaf:
+        return Leaf(path, shape, (name,), stacked=False, transposed=transposed)
+
+    table = [
+        single(
+            ("token_embedder", "embedding"), (config.vocab_size, d), "model.embed_tokens.weight"
+        )
+    ]
+    layers = range(config.num_layers)
+    if config.scan_layers:
+        for path, shape, name in block:
+            names = tuple(f"model.layers.{layer}.{name}" for layer in layers)
+            stacked_shape = (config.num_layers, *shape)
+            table.append(
+                Leaf(
+                    ("layers", *path),
+                    stacked_shape,
+                    names,
+                    stacked=True,
+                    transposed=path[-1] == "kernel",
+                )
+            )
+    else:
+        table += [
+            single(
+                (f"layers_{layer}", *path),
+                shape,
+                f"model.layers.{layer}.{name}",
+                path[-1] == "kernel",
+            )
+            for layer in layers
+            for path, shape, name in block
+        ]
+    table.append(single(("final_norm", "scale"), (d,), "model.norm.weight"))
+    if not config.tie_embeddings:
+        table.append(
+            single(("lm_head", "kernel"), (d, config.vocab_size), "lm_head.weight", transposed=True)
+        )
+    return table
+
+
+def check_tensors(source: TensorSource, config: DecoderConfig) -> None:
+    """Raises ModelFileError, in one message, if a tensor is missing, unexpected or of another shape.
+
+    `rotary_emb.inv_freq` buffers of old checkpoints are passed over, and so is an `lm_head.weight` beside tied embeddings.
+    """
+    expected = {name: leaf.tensor_shape for leaf in leaves(config) for name in leaf.names}
+    optional = {}
+    if config.tie_embeddings:
+        optional["lm_head.weight"] = (config.vocab_size, config.emb_dim)
+    found = {
+        name: tuple(shape)
+        for name, shape in source.shapes.items()
+        if not name.endswith("rotary_emb.inv_freq")
+    }
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected and name not in optional]
+    misshapen = [
+        f"{name} is {found[name]}, expected {shape}"
+        for name, shape in {**expected, **optional}.items()
+        if name in found and found[name] != shape
+    ]
+    problems = [
+        f"{what}: {_listed(names)}"
+        for what, names in (
+            ("missing tensors", missing),
+            ("unexpected tensors", unexpected),
+            ("tensors of another shape", misshapen),
+        )
+        if names
+    ]
+    if problems:
+        raise ModelFileError(f"{source.path}: {'; '.join(problems)}")
+
+
+def _listed(names: list[str]) -> str:
+    rest = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def load_params(
+    source: TensorSource, config: DecoderConfig, sharding_fn: ShardingFn | None = None
+) -> dict:
+    """Returns the decoder's parameter tree, read from `source`.
+
+    Args:
+      source: the checkpoint's tensors.
+      config: what the tensors must fit; `param_dtype` and `scan_layers` give the leaves' type and layout.
+      sharding_fn: (path, shape) -> the leaf's sharding, or None for an array on the default device. Every process reads
+        only the rows that its own devices hold.
+
+    Raises:
+      ModelFileError: before anything is read if the tensors do not fit, else if a file turns out to be truncated.
+    """
+    check_tensors(source, config)
+    dtype = jax.numpy.dtype(config.param_dtype)
+    params: dict = {}
+    # Largest first: while JAX takes a leaf over, two copies of that leaf may exist; at the start there is room for it.
+    for leaf in sorted(leaves(config), key=lambda leaf: -leaf.size):
+        sharding = sharding_fn(leaf.path, leaf.shape) if sharding_fn else None
+        *parents, last = leaf.path
+        node = params
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = _load_leaf(source, leaf, dtype, sharding).block_until_ready()
+    return params
+
+
+def _load_leaf(
+    source: TensorSource, leaf: Leaf, dtype: np.dtype, sharding: jax.sharding.Sharding | None
+) -> jax.Array:
+    if sharding is None:
+        (array,) = _read_blocks(source, leaf, dtype, [_bounds((), leaf.shape)]).values()
+        return jax.device_put(array)
+    index_map = sharding.addressable_devices_indices_map(leaf.shape)
+    blocks = _read_blocks(
+        source, leaf, dtype, [_bounds(index, leaf.shape) for index in index_map.values()]
+    )
+    return jax.make_array_from_callback(
+        leaf.shape, sharding, lambda index: blocks[_bounds(index, leaf.shape)]
+    )
+
+
+Bounds = tuple[tuple[int, int], ...]  # (start, stop) along each axis
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
+    slices = (*index, *([slice(None)] * (len(shape) - len(index))))
+    return tuple(item.indices(size)[:2] for item, size in zip(slices, shape, strict=True))
+
+
+def _read_blocks(
+    source: TensorSource, leaf: Leaf, dtype: np.dtype, wanted: list[Bounds]
+) -> dict[Bounds, np.ndarray]:
+    """Reads the wanted blocks of a leaf; each row of the checkpoint is read once, whatever the number of blocks."""
+    blocks = {
+        bounds: _aligned_empty(tuple(stop - start for start, stop in bounds), dtype)
+        for bounds in wanted
+    }
+    for layer, name in enumerate(leaf.names):
+        parts = []  # (bounds, block) of this layer, both in the checkpoint's axis order
+        for bounds, block in blocks.items():
+            if leaf.stacked:
+                (first, last), *bounds = bounds
+                if not first <= layer < last:
+                    continue
+                block = block[layer - first]
+            parts.append(
+                (bounds[::-1], block.T) if leaf.transposed else (tuple(bounds), block)
+            )
+        parts = [(bounds, block) for bounds, block in parts if block.size]
+        if not parts:
+            continue
+        start = min(bounds[0][0] for bounds, _ in parts)
+        stop = max(bounds[0][1] for bounds, _ in parts)
+        for row, rows in row_chunks(source, name, start, stop):
+            for bounds, block in parts:
+                _copy_overlap(row, rows, bounds, block)
+    return blocks
+
+
+def _copy_overlap(row: int, rows: np.ndarray, bounds: Bounds, block: np.ndarray) -> None:
+    (first, last), *columns = bounds
+    begin, end = max(row, first), min(row + len(rows), last)
+    if begin < end:
+        columns = tuple(slice(start, stop) for start, stop in columns)
+        block[begin - first : end - first] = rows[(slice(begin - row, end - row), *columns)]
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    nbytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    offset = -raw.ctypes.data % _ALIGNMENT
+    return raw[offset : offset + nbytes].view(dtype).reshape(shape)
+
+
+def flatten(params: Mapping) -> dict[Path, object]:
+    """Returns {path: leaf} of a nested mapping."""
+    flat = {}
+    for key, value in params.items():
+        if isinstance(value, Mapping):
+            flat.update({(key, *path): leaf for path, leaf in flatten(value).items()})
+        else:
+            flat[(key,)] = value
+    return flat

@@ -1,0 +1,154 @@
+"""Training checkpoints through Orbax: the adapter, optimizer state, step, data position and config, never the base model.
+
+The base is named by its fingerprint instead. Saving is asynchronous; a checkpoint exists only once it is whole, since Orbax
+writes to a temporary name and renames.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from sira_jax.errors import CheckpointError
+
+_MANAGER = ocp.checkpoint_managers
+
+
+class Checkpointer:
+    """The checkpoints of one run directory.
+
+    Args:
+      directory: where they are; made on the first save.
+      keep: newest checkpoints kept.
+      best_metric: name in the `metrics` given to `save` whose best checkpoint is kept besides; "" for none.
+      best_mode: "min" or "max".
+    """
+
+    def __init__(
+        self, directory: str | Path, *, keep: int = 2, best_metric: str = "", best_mode: str = "min"
+    ):
+        self.directory = Path(directory).absolute()
+        self._best_metric = best_metric
+        sign = 1.0 if best_mode == "max" else -1.0
+        policies = [_MANAGER.LatestN(keep)]
+        best_fn = None
+        if best_metric:
+
+            def best_fn(metrics):
+                return sign * metrics[best_metric]
+
+            # A step saved without an evaluation has no metrics and is never the best.
+            policies.append(_MANAGER.BestN(n=1, get_metric_fn=best_fn, keep_checkpoints_without_metrics=False))
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=_MANAGER.AnyPreservationPolicy(policies),
+                best_fn=best_fn,
+                enable_async_checkpointing=True,
+                create=True,
+            ),
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "data": ocp.JsonCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        data: Mapping[str, Any],
+        meta: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Starts saving; returns once the arrays are copied to the host. Does nothing if `step` is saved already.
+
+        Args:
+          step: optimizer steps done.
+          state: pytree of arrays, sharded or not.
+          data: position of the input pipeline, plain JSON data.
+          meta: config and base fingerprint, plain JSON data.
+          metrics: the evaluation at this step, if there was one.
+        """
+        if step in self._manager.all_steps():
+            return
+        if metrics is not None and self._best_metric not in metrics:
+            metrics = None
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                data=ocp.args.JsonSave(dict(data)),
+                meta=ocp.args.JsonSave(dict(meta)),
+            ),
+            metrics=dict(metrics) if metrics is not None else None,
+            force=True,
+        )
+
+    def latest_step(self) -> int | None:
+        """The newest whole checkpoint's step, or None."""
+        return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """The step that is best by the metric; None without a metric or an evaluated checkpoint."""
+        if not self._best_metric:
+            return None
+        return self._manager.best_step()
+
+    def all_steps(self) -> list[int]:
+        """Steps of all whole checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def path(self, step: int) -> Path:
+        """Directory of one checkpoint."""
+        return self.directory / str(step)
+
+    def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        """Returns (state, data) of a checkpoint.
+
+        Args:
+          step: one of `all_steps`.
+          abstract_state: tree of jax.ShapeDtypeStruct, with the shardings that the arrays shall have; it need not be the
+            sharding they were saved with.
+
+        Raises:
+          CheckpointError: if the checkpoint is damaged or its tree does not fit.
+        """
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
+        )
+        restored = self._restore(step, args)
+        _check_shapes(restored.state, abstract_state, self.path(step))
+        return restored.state, restored.data
+
+    def restore_meta(self, step: int) -> dict[str, Any]:
+        """Returns `meta` of a checkpoint; raises CheckpointError if it cannot be read."""
+        return self._restore(step, ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+
+    def _restore(self, step: int, args: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=args)
+        except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+            reason = str(error).strip().split("\n")[0][:300]
+            raise CheckpointError(f"{self.path(step)}: cannot be restored: {reason}") from error
+
+    def wait(self) -> None:
+        """Returns once every save that was started is whole on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then frees the threads."""
+        self._manager.close()
+
+
+def _check_shapes(state: Any, abstract: Any, path: Path) -> None:
+    found, expected = (jax.tree_util.tree_leaves_with_path(tree) for tree in (state, abstract))
+    for (key, leaf), (_, wanted) in zip(found, expected, strict=True):
+        if leaf.shape != wanted.shape:
+            raise CheckpointError(
+                f"{path}: {jax.tree_util.keystr(key)} has shape {leaf.shape}, the config needs {wanted.shape}"
+            )

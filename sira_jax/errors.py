@@ -1,0 +1,39 @@
+"""Errors that are the user's to mend: each carries one line that names the field or file, the value and what is allowed.
+
+Scripts print that line and exit with status 2 (see `scripts/cli.py`); any other exception is a defect of ours and keeps its
+stack trace.
+"""
+
+
+class SiraError(Exception):
+    """Base class of every error a user can cause and mend."""
+
+
+class ConfigError(SiraError, ValueError):
+    """A field of a config is unknown, out of range or contradicts another."""
+
+
+class DataError(SiraError, ValueError):
+    """A data file or a task is missing, damaged or empty."""
+
+
+class ModelFileError(SiraError, ValueError):
+    """A model file is missing, truncated, or its tensors do not fit the model."""
+
+
+class CheckpointError(SiraError, ValueError):
+    """A checkpoint is missing, incomplete, or belongs to another base model or config."""
+
+
+class TrainingError(SiraError, RuntimeError):
+    """Training cannot go on, for example after a loss that is not a number."""
+
+
+class MergeError(SiraError, ValueError):
+    """The adapter has no equal plain kernel, so it cannot be merged."""
+
+
+def check(condition: bool, field: str, value: object, allowed: str) -> None:
+    """Raises ConfigError naming `field`, `value` and what is `allowed`, unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{field}={value!r} is not allowed: {allowed}")

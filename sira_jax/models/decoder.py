@@ -1,0 +1,180 @@
+"""Decoder-only transformer of the Llama family with adapters on its projections.
+
+Axis letters: B batch, T length of this call, S keys (T, or the cache's length), D width, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sira_jax.adapters import AdapterConfig, AdapterContext
+from sira_jax.models.config import DecoderConfig
+from sira_jax.models.layers import MLP, Attention, RMSNorm, rotary_tables
+
+Batch = Mapping[str, jax.Array]
+
+_REMAT_POLICIES = {
+    "full": None,
+    "dots": jax.checkpoint_policies.checkpoint_dots,
+    "dots_no_batch": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+}
+
+
+class DecoderBlock(nn.Module):
+    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    config: DecoderConfig
+    adapter: AdapterConfig | None
+
+    @nn.compact
+    def __call__(self, x_BTD, mask_BTS, rotary, context, cache_index):
+        config = self.config
+
+        def norm(name):
+            return RMSNorm(config.norm_eps, config.param_dtype, name=name)
+
+        attention = Attention(config, self.adapter, name="attention")
+        mlp = MLP(config, self.adapter, name="mlp")
+        h_BTD = norm("input_norm")(x_BTD)
+        x_BTD = x_BTD + attention(h_BTD, mask_BTS, rotary, context, cache_index)
+        x_BTD = x_BTD + mlp(norm("mlp_norm")(x_BTD), context)
+        return x_BTD, None
+
+
+class Decoder(nn.Module):
+    """Token ids to logits.
+
+    A batch is a mapping with the names that SeqIO and T5X use, each (B, T): `decoder_input_tokens`, and optionally
+    `decoder_segment_ids` (0 is padding, 1.. the examples packed in a row; default all 1), `decoder_positions` (default
+    0..T-1) and `task_ids` (for per-task router metrics).
+
+    Collections: `params`; `cache` while decoding; `losses` and `metrics` are sown by adapters. RNG streams in training:
+    `dropout` and `expert_dropout`.
+
+    Attributes:
+      config: sizes.
+      adapter: adapter for the projections it targets, or None for the frozen model.
+      num_tasks: how many tasks the router's metrics tell apart; 0 for none.
+    """
+
+    config: DecoderConfig
+    adapter: AdapterConfig | None = None
+    num_tasks: int = 0
+
+    def setup(self):
+        config = self.config
+        self.token_embedder = nn.Embed(
+            config.vocab_size,
+            config.emb_dim,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            embedding_init=nn.with_logical_partitioning(
+                nn.initializers.normal(0.02), ("vocab", "embed")
+            ),
+        )
+        block = DecoderBlock
+        if config.remat_policy != "none":
+            block = nn.remat(
+                block, prevent_cse=not config.scan_layers, policy=_REMAT_POLICIES[config.remat_policy]
+            )
+        if config.scan_layers:
+            scanned = nn.scan(
+                block,
+                variable_axes={"params": 0, "cache": 0, "losses": 0, "metrics": 0},
+                split_rngs={"params": True, "dropout": True, "expert_dropout": True},
+                in_axes=nn.broadcast,
+                length=config.num_layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            self.layers = scanned(config, self.adapter)
+        else:
+            self.layers = [block(config, self.adapter) for _ in range(config.num_layers)]
+        self.final_norm = RMSNorm(config.norm_eps, config.param_dtype)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Dense(
+                config.vocab_size,
+                use_bias=False,
+                dtype=config.dtype,
+                param_dtype=config.param_dtype,
+                kernel_init=nn.with_logical_partitioning(
+                    nn.initializers.normal(0.02), ("embed", "vocab")
+                ),
+            )
+
+    def __call__(
+        self, batch: Batch, *, deterministic: bool = True, cache_length: int | None = None
+    ) -> jax.Array:
+        """Logits (B, T, V) in float32: `logits` of `features`."""
+        return self.logits(
+            self.features(batch, deterministic=deterministic, cache_length=cache_length)
+        )
+
+    def features(
+        self, batch: Batch, *, deterministic: bool = True, cache_length: int | None = None
+    ) -> jax.Array:
+        """Final normalised activations (B, T, D), before the projection onto the vocabulary.
+
+        With `cache_length`, keys and values go to a cache of that many slots (collection `cache`, mutable): the first call
+        fills it from slot 0, later calls go on where the last one ended. Rows may start with padding (segment id 0), so
+        that prompts of unequal length end in the same slot; positions must then be given and start at 0 on the first
+        real token.
+        """
+        tokens_BT = batch["decoder_input_tokens"]
+        segments_BT = batch.get("decoder_segment_ids")
+        if segments_BT is None:
+            segments_BT = jnp.ones_like(tokens_BT)
+        positions_BT = batch.get("decoder_positions")
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        context = AdapterContext(
+            valid_BT=segments_BT > 0,
+            task_ids_BT=batch.get("task_ids") if self.num_tasks else None,
+            num_tasks=self.num_tasks,
+            deterministic=deterministic,
+        )
+        if cache_length is None:
+            cache_index = None
+            mask_BTS = attention_mask(segments_BT, segments_BT, 0)
+        else:
+            cache_index, key_segments_BS = self._advance_cache(segments_BT, cache_length)
+            mask_BTS = attention_mask(segments_BT, key_segments_BS, cache_index)
+        rotary = rotary_tables(positions_BT, self.config)
+        x_BTD = self.token_embedder(tokens_BT)
+        for block in [self.layers] if self.config.scan_layers else self.layers:
+            x_BTD, _ = block(x_BTD, mask_BTS, rotary, context, cache_index)
+        return self.final_norm(x_BTD)
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Projects activations (..., D) onto the vocabulary, (..., V), in float32."""
+        if self.config.tie_embeddings:
+            return self.token_embedder.attend(x_BTD).astype(jnp.float32)
+        return self.lm_head(x_BTD).astype(jnp.float32)
+
+    def _advance_cache(self, segments_BT, cache_length):
+        """Returns the slot where this call's tokens go and the segment ids of all slots, these tokens' included."""
+        index = self.variable("cache", "index", jnp.zeros, (), jnp.int32)
+        slots = self.variable(
+            "cache", "segment_ids", jnp.zeros, (segments_BT.shape[0], cache_length), jnp.int32
+        )
+        start = index.value
+        slots.value = jax.lax.dynamic_update_slice_in_dim(
+            slots.value, segments_BT.astype(jnp.int32), start, axis=1
+        )
+        index.value = start + segments_BT.shape[1]
+        return start, slots.value
+
+
+def attention_mask(
+    query_segments_BT: jax.Array, key_segments_BS: jax.Array, query_start: Any
+) -> jax.Array:
+    """True (B, T, S) where a key is of the query's segment, is no padding, and stands at or before the query.
+
+    `query_start` is the slot of the first query among the keys.
+    """
+    query_slots_T = query_start + jnp.arange(query_segments_BT.shape[1])
+    causal_TS = query_slots_T[:, None] >= jnp.arange(key_segments_BS.shape[1])
+    same_BTS = query_segments_BT[:, :, None] == key_segments_BS[:, None, :]
+    return causal_TS & same_BTS & (key_segments_BS > 0)[:, None, :]

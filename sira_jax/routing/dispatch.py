@@ -1,0 +1,247 @@
+"""Three ways to compute sum over e of G[e] B_e (A_e x), with equal values, gradients and drops.
+
+Axis letters: G routing groups, S tokens a group, D features in, F features out, E experts,
+K selected experts, C capacity, R rank, M = E * R joined ranks, P = G * S * K (token, expert) pairs.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from sira_jax.errors import check
+from sira_jax.routing.config import DISPATCH_ALGORITHMS, RoutingConfig
+from sira_jax.routing.router import Routing, route, router_logits
+
+# `choose_algorithm`: joined ranks up to this share of the width are computed in full, as a product
+# that small is lost in the frozen one; beyond it, to bring a feature of a pair into expert order
+# and back is counted as this many multiply-adds.
+MASKED_WIDTH_SHARE = 0.25
+RAGGED_MOVE_COST = 64
+
+
+def choose_algorithm(
+    num_experts: int, rank: int, d_in: int, d_out: int, tokens: int, k: int, capacity: int
+) -> str:
+    """Returns the algorithm that "auto" stands for: the one of the least modelled cost.
+
+    Costs are multiply-adds a token for each of the D + F features the adapter reads and writes:
+
+      masked: M = E * R, as every token meets all experts;
+      ragged: K * (R + RAGGED_MOVE_COST), as a token meets its own experts, moved into their order;
+      einsum: 2 * E * C + E * C * R / S, the one-hot products and then the experts; S tokens, C
+        places.
+
+    Masked wins at once while M <= MASKED_WIDTH_SHARE * min(D, F). Its two products have no data-
+    dependent step and cost at most that share of the frozen product, whatever the others cost.
+
+    Args:
+      num_experts: E.
+      rank: R.
+      d_in: D.
+      d_out: F.
+      tokens: tokens a group, S.
+      k: selected experts a token, K.
+      capacity: C.
+    """
+    joined_ranks = num_experts * rank
+    if joined_ranks <= MASKED_WIDTH_SHARE * min(d_in, d_out):
+        return "masked"
+    places = num_experts * min(capacity, tokens)
+    costs = {
+        "masked": joined_ranks,
+        "ragged": k * (rank + RAGGED_MOVE_COST),
+        "einsum": places + places * rank / max(tokens, 1),
+    }
+    return min(costs, key=costs.get)
+
+
+def mix_experts(
+    x_GSD: jax.Array,
+    valid_GS: jax.Array,
+    router_DE: jax.Array,
+    lora_a_EDR: jax.Array,
+    lora_b_ERF: jax.Array,
+    config: RoutingConfig,
+    *,
+    scale: float,
+    deterministic: bool,
+    rng: jax.Array | None = None,
+    expert_input_GSD: jax.Array | None = None,
+) -> tuple[jax.Array, Routing]:
+    """Routes x and returns (delta_GSF, routing), delta = sum over e of G[e] scale B_e (A_e x).
+
+    SiRA, arXiv 2311.09179 [P]. delta has the type of x and is 0 for padding; the gates of the
+    returned routing are without `scale`. Float32 inputs meet A and the router in one product under
+    "masked", forwards and backwards, at the precision the router needs.
+
+    Args:
+      x_GSD: input of the adapted projection, and of the router.
+      valid_GS: bool, False for padding.
+      router_DE: Wg, no bias [S].
+      lora_a_EDR: the experts' A.
+      lora_b_ERF: the experts' B.
+      config: static.
+      scale: s = alpha / r.
+      deterministic: no dropout, and `eval_capacity_factor`.
+      rng: key of the expert dropout.
+      expert_input_GSD: input of the experts if not x, such as x after a dropout the router must not
+        see.
+
+    Raises:
+      ConfigError: shapes disagree, or the key is missing.
+    """
+    _check_shapes(x_GSD, router_DE.shape, lora_a_EDR, lora_b_ERF)
+    num_experts, d_in, rank = lora_a_EDR.shape
+    capacity = expert_capacity(x_GSD.shape[1], config, deterministic=deterministic)
+    algorithm = config.dispatch
+    if algorithm == "auto":
+        algorithm = choose_algorithm(
+            num_experts,
+            rank,
+            d_in,
+            lora_b_ERF.shape[-1],
+            x_GSD.shape[1],
+            config.num_selected_experts,
+            capacity,
+        )
+    is_joined = algorithm == "masked" and expert_input_GSD is None and x_GSD.dtype == jnp.float32
+    if is_joined:
+        weights_DM = jnp.concatenate([_join_ranks(lora_a_EDR), router_DE], axis=1)
+        joined_GSM = router_logits(x_GSD, weights_DM)
+        hidden_GSM, logits_GSE = jnp.split(joined_GSM, [num_experts * rank], axis=-1)
+    else:
+        logits_GSE = router_logits(x_GSD, router_DE)
+    routing = route(logits_GSE, valid_GS, config, deterministic=deterministic, rng=rng)
+
+    # The gates are the smallest array to multiply by the scale.
+    scaled = routing.replace(gates_GSE=routing.gates_GSE * scale)
+    if is_joined:
+        return _masked_output(hidden_GSM, scaled, lora_b_ERF, x_GSD.dtype), routing
+    expert_input_GSD = x_GSD if expert_input_GSD is None else expert_input_GSD
+    return apply_experts(expert_input_GSD, scaled, lora_a_EDR, lora_b_ERF, algorithm), routing
+
+
+def apply_experts(
+    x_GSD: jax.Array,
+    routing: Routing,
+    lora_a_EDR: jax.Array,
+    lora_b_ERF: jax.Array,
+    algorithm: str = "auto",
+) -> jax.Array:
+    """Returns sum over e of gates[e] B_e (A_e x) for every token, (G, S, F) in the type of x.
+
+    Products take their operands in the type of x and accumulate in float32; gates stay float32.
+    Padding rows are 0, and nothing finite in them reaches another row or a gradient.
+
+    Args:
+      x_GSD: input of the experts.
+      routing: result of `route`.
+      lora_a_EDR: the experts' A; cast to the type of x.
+      lora_b_ERF: the experts' B; cast to the type of x.
+      algorithm: "einsum", "masked", "ragged", or "auto" (`choose_algorithm`).
+
+    Raises:
+      ConfigError: `algorithm` is unknown or shapes disagree.
+    """
+    check(
+        algorithm in DISPATCH_ALGORITHMS,
+        "algorithm",
+        algorithm,
+        f"one of {', '.join(DISPATCH_ALGORITHMS)}",
+    )
+    num_experts, d_in, rank = lora_a_EDR.shape
+    _check_shapes(x_GSD, (d_in, routing.gates_GSE.shape[-1]), lora_a_EDR, lora_b_ERF)
+    if algorithm == "auto":
+        algorithm = choose_algorithm(
+            num_experts,
+            rank,
+            d_in,
+            lora_b_ERF.shape[-1],
+            x_GSD.shape[1],
+            routing.indices_GSK.shape[-1],
+            routing.capacity,
+        )
+    lora_a_EDR, lora_b_ERF = lora_a_EDR.astype(x_GSD.dtype), lora_b_ERF.astype(x_GSD.dtype)
+    if algorithm == "einsum":
+        return _einsum_experts(x_GSD, routing, lora_a_EDR, lora_b_ERF)
+    if algorithm == "ragged":
+        return _ragged_experts(x_GSD, routing, lora_a_EDR, lora_b_ERF)
+    hidden_GSM = _dot("gsd,dm->gsm", x_GSD, _join_ranks(lora_a_EDR))
+    return _masked_output(hidden_GSM, routing, lora_b_ERF, x_GSD.dtype)
+
+
+def _check_shapes(x_GSD, router_shape, lora_a_EDR, lora_b_ERF):
+    num_experts, d_in, rank = lora_a_EDR.shape
+    check(x_GSD.ndim == 3, "x_GSD.shape", x_GSD.shape, "(groups, tokens, features)")
+    check(
+        (x_GSD.shape[-1], num_experts) == (d_in, router_shape[-1]) and router_shape[0] == d_in,
+        "lora_a_EDR.shape",
+        lora_a_EDR.shape,
+        f"(experts, {x_GSD.shape[-1]} features, rank) with {router_shape[-1]} experts",
+    )
+    check(
+        lora_b_ERF.shape[:2] == (num_experts, rank),
+        "lora_b_ERF.shape",
+        lora_b_ERF.shape,
+        f"({num_experts} experts, rank {rank}, features)",
+    )
+
+
+def _dot(equation: str, *operands: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
+
+
+def _join_ranks(lora_a_EDR: jax.Array) -> jax.Array:
+    num_experts, d_in, rank = lora_a_EDR.shape
+    return lora_a_EDR.transpose(1, 0, 2).reshape(d_in, num_experts * rank)
+
+
+def _masked_output(
+    hidden_GSM: jax.Array, routing: Routing, lora_b_ERF: jax.Array, dtype: jnp.dtype
+) -> jax.Array:
+    """Gates x @ A_cat, float32, and multiplies by B_cat: all experts meet all tokens."""
+    num_experts, rank, d_out = lora_b_ERF.shape
+    num_groups, group_size, joined_ranks = hidden_GSM.shape
+    # Large padding may overflow here, and inf * 0 is not 0.
+    hidden_GSM = jnp.where(routing.valid_GS[..., None], hidden_GSM, 0.0)
+    hidden_GSER = hidden_GSM.reshape(num_groups, group_size, num_experts, rank)
+    gated_GSM = (hidden_GSER * routing.gates_GSE[..., None]).reshape(hidden_GSM.shape)
+    lora_b_MF = lora_b_ERF.reshape(joined_ranks, d_out)
+    return _dot("gsm,mf->gsf", gated_GSM.astype(dtype), lora_b_MF.astype(dtype)).astype(dtype)
+
+
+def _einsum_experts(x_GSD, routing, lora_a_EDR, lora_b_ERF):
+    """Moves tokens to the experts' places and back by one-hot products, as GShard does."""
+    places = min(routing.capacity, x_GSD.shape[1])
+    is_place_GSEC = routing.position_GSE[..., None] == jnp.arange(places)
+    dispatch_GSEC = is_place_GSEC & routing.kept_GSE[..., None]
+    combine_GSEC = jnp.where(dispatch_GSEC, routing.gates_GSE[..., None], 0.0)
+    expert_in_GECD = _dot("gsec,gsd->gecd", dispatch_GSEC.astype(x_GSD.dtype), x_GSD)
+    hidden_GECR = _dot("gecd,edr->gecr", expert_in_GECD.astype(x_GSD.dtype), lora_a_EDR)
+    expert_out_GECF = _dot("gecr,erf->gecf", hidden_GECR.astype(x_GSD.dtype), lora_b_ERF)
+    return _dot("gsec,gecf->gsf", combine_GSEC, expert_out_GECF).astype(x_GSD.dtype)
+
+
+def _ragged_experts(x_GSD, routing, lora_a_EDR, lora_b_ERF):
+    """Sorts the (token, expert) pairs by expert and multiplies each run by its expert.
+
+    Pairs over capacity stay in their run with a gate of 0, so the shapes are static.
+    """
+    num_experts, num_choices = lora_a_EDR.shape[0], routing.indices_GSK.shape[-1]
+    num_tokens = x_GSD.shape[0] * x_GSD.shape[1]
+    expert_P = routing.indices_GSK.reshape(-1)
+    gate_P = jnp.take_along_axis(routing.gates_GSE, routing.indices_GSK, axis=-1).reshape(-1)
+    kept_P = jnp.take_along_axis(routing.kept_GSE, routing.indices_GSK, axis=-1).reshape(-1)
+    order_P = jnp.argsort(expert_P)
+    pairs_E = jnp.bincount(expert_P, length=num_experts).astype(jnp.int32)
+
+    x_PD = x_GSD.reshape(num_tokens, -1)[order_P // num_choices]
+    hidden_PR = _ragged_dot(x_PD, lora_a_EDR, pairs_E)
+    hidden_PR = jnp.where(kept_P[order_P, None], hidden_PR, 0.0) * gate_P[order_P, None]
+    out_PF = _ragged_dot(hidden_PR.astype(x_GSD.dtype), lora_b_ERF, pairs_E)
+    out_NKF = out_PF[jnp.argsort(order_P)].reshape(num_tokens, num_choices, -1)
+    delta_NF = jnp.sum(out_NKF, axis=1).astype(x_GSD.dtype)
+    return delta_NF.reshape(*x_GSD.shape[:2], -1)
+
+
+def _ragged_dot(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    return jax.lax.ragged_dot(lhs, rhs, group_sizes, preferred_element_type=jnp.float32)

@@ -1,0 +1,50 @@
+"""Optimizers and learning-rate schedules from their configs, through optax."""
+
+import optax
+
+from sira_jax.training.config import OptimizerConfig
+
+
+def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """Learning rate of step 0, 1, ...: linear warm-up from 0, then the named decay; see OptimizerConfig."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    decay_steps = max(1, num_steps - warmup)
+    if config.schedule == "constant":
+        decay = optax.constant_schedule(peak)
+    elif config.schedule == "linear":
+        decay = optax.linear_schedule(peak, peak * config.end_factor, decay_steps)
+    elif config.schedule == "cosine":
+        decay = optax.cosine_decay_schedule(peak, decay_steps, alpha=config.end_factor)
+    else:
+        # peak * sqrt(warmup / step), counted from the end of the warm-up, where it equals the peak.
+        start = max(1, warmup)
+
+        def decay(step):
+            return peak * (start / (start + step)) ** 0.5
+
+    if warmup == 0:
+        return decay
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+    """Clipping, then AdamW or Adafactor with the schedule of `make_schedule`."""
+    schedule = make_schedule(config, num_steps)
+    if config.name == "adamw":
+        update = optax.adamw(
+            schedule,
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+        )
+    else:
+        update = optax.adafactor(
+            schedule,
+            multiply_by_parameter_scale=False,
+            clipping_threshold=None,
+            weight_decay_rate=config.weight_decay or None,
+        )
+    if config.clip_norm is None:
+        return update
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)

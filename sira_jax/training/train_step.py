@@ -1,0 +1,183 @@
+"""The jitted training step and the loss it shares with evaluation.
+
+Only the adapter's tree is differentiated and updated; the frozen tree is an argument that no gradient or optimizer state is
+ever made for.
+
+Axis letters: B batch, T length, N = B * T positions, D width, V vocabulary, A microbatches of a step.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sira_jax.models import Decoder
+from sira_jax.routing import RouterStats
+from sira_jax.training.train_state import TrainState, merge_params
+
+Batch = Mapping[str, jax.Array]
+
+# Purposes of the one seed; a key is folded by step and then by purpose.
+RNG_STREAMS = ("dropout", "expert_dropout")
+
+
+def step_rngs(seed: int, step: jax.Array | int, microbatch: jax.Array | int = 0) -> dict:
+    """Keys of one forward pass: a pure function of seed, step, microbatch and purpose, so that resuming repeats them."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), microbatch)
+    return {name: jax.random.fold_in(key, purpose) for purpose, name in enumerate(RNG_STREAMS)}
+
+
+def token_losses(
+    model: Decoder, params: Any, features_BTD: jax.Array, batch: Batch, chunk_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """Weighted sums over target tokens of (cross-entropy in nats, 1 if the most likely token is right), float32.
+
+    With `chunk_size` > 0 the positions that carry a loss are moved to the front and their logits computed `chunk_size` at a
+    time, so that prompts and padding cost no vocabulary product and the full (N, V) array is never held. The result is
+    the same to rounding.
+    """
+    features_ND = features_BTD.reshape(-1, features_BTD.shape[-1])
+    targets_N = batch["decoder_target_tokens"].reshape(-1)
+    weights_N = batch["decoder_loss_weights"].reshape(-1).astype(jnp.float32)
+
+    def losses(features, targets, weights):
+        logits = model.apply({"params": params}, features, method="logits")
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        right = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+        return jnp.sum(nats * weights), jnp.sum(right * weights)
+
+    if chunk_size == 0:
+        return losses(features_ND, targets_N, weights_N)
+    order = jnp.argsort(weights_N == 0, stable=True)
+    padding = -len(targets_N) % chunk_size
+
+    def chunks(values):
+        values = jnp.pad(values[order], [(0, padding)] + [(0, 0)] * (values.ndim - 1))
+        return values.reshape(-1, chunk_size, *values.shape[1:])
+
+    def add_chunk(sums, chunk):
+        # Recomputing the logits in the backward pass costs one more product and saves holding them.
+        summed = jax.lax.cond(
+            jnp.any(chunk[2] != 0), jax.checkpoint(losses), lambda *_: (0.0, 0.0), *chunk
+        )
+        return jax.tree.map(jnp.add, sums, summed), None
+
+    parts = (chunks(features_ND), chunks(targets_N), chunks(weights_N))
+    return jax.lax.scan(add_chunk, (jnp.float32(0), jnp.float32(0)), parts)[0]
+
+
+def auxiliary_loss(sown: Mapping[str, Any]) -> jax.Array:
+    """Mean over all adapters of the weighted auxiliary losses they sowed; 0 where they sow none [C: mean, as flaxformer]."""
+    leaves = jax.tree.leaves(sown)
+    if not leaves:
+        return jnp.float32(0)
+    return jnp.sum(jnp.stack([jnp.sum(leaf) for leaf in leaves])) / sum(leaf.size for leaf in leaves)
+
+
+def router_stats(sown: Mapping[str, Any]) -> list[RouterStats]:
+    """The router statistics in a `metrics` collection, one for each adapted projection, in the order of the tree."""
+
+    def is_stats(x):
+        return isinstance(x, RouterStats)
+
+    return [x for x in jax.tree.leaves(sown, is_leaf=is_stats) if is_stats(x)]
+
+
+def router_summary(sown: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Dropped share, gate entropy and confidence over all routers of the model; empty without routers."""
+    stats = router_stats(sown)
+    if not stats:
+        return {}
+    dropped, selected, entropy, confidence, tokens = (
+        sum(jnp.sum(getattr(one, name)) for one in stats)
+        for name in ("dropped_pairs", "selected_pairs", "entropy_sum", "confidence_sum", "tokens")
+    )
+    return {
+        "router/dropped_share": dropped / jnp.maximum(selected, 1.0),
+        "router/gate_entropy": entropy / jnp.maximum(tokens, 1.0),
+        "router/confidence": confidence / jnp.maximum(tokens, 1.0),
+    }
+
+
+def make_train_step(
+    model: Decoder,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    seed: int,
+    accumulation_steps: int = 1,
+    loss_chunk_size: int = 0,
+) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """Returns step(state, frozen, batch) -> (state, metrics), not yet jitted.
+
+    The loss is the mean cross-entropy over the target tokens of the whole batch plus the auxiliary loss. With accumulation,
+    microbatches are rows [0, B/A), [B/A, 2B/A), ...; each is weighted by its target tokens, so that the cross-entropy's
+    gradient is that of the whole batch, and auxiliary losses are averaged.
+
+    Metrics, float32 scalars: loss (nats a target token), accuracy, auxiliary_loss, gradient_norm (before clipping),
+    learning_rate, tokens (real ones), target_tokens, router/*.
+    """
+
+    def loss_fn(adapter, frozen, batch, rngs, total_weight):
+        params = merge_params(adapter, frozen)
+        features_BTD, sown = model.apply(
+            {"params": params},
+            batch,
+            deterministic=False,
+            rngs=rngs,
+            method="features",
+            mutable=["losses", "metrics"],
+        )
+        nats, right = token_losses(model, params, features_BTD, batch, loss_chunk_size)
+        auxiliary = auxiliary_loss(sown.get("losses", {})) / accumulation_steps
+        metrics = {
+            "loss": nats / total_weight,
+            "accuracy": right / total_weight,
+            "auxiliary_loss": auxiliary,
+        }
+        summary = router_summary(sown.get("metrics", {}))
+        metrics |= {name: value / accumulation_steps for name, value in summary.items()}
+        return nats / total_weight + auxiliary, metrics
+
+    def step(state: TrainState, frozen: Any, batch: Batch):
+        total_weight = jnp.maximum(jnp.sum(batch["decoder_loss_weights"]), 1.0)
+
+        def gradient(microbatch, index):
+            grad_fn = jax.grad(loss_fn, has_aux=True)
+            rngs = step_rngs(seed, state.step, index)
+            return grad_fn(state.adapter, frozen, microbatch, rngs, total_weight)
+
+        if accumulation_steps == 1:
+            grads, metrics = gradient(batch, 0)
+        else:
+            grads, metrics = _accumulate(gradient, batch, accumulation_steps)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.adapter)
+        metrics |= {
+            "gradient_norm": optax.global_norm(grads),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "tokens": jnp.sum(batch["decoder_segment_ids"] > 0, dtype=jnp.float32),
+            "target_tokens": jnp.sum(batch["decoder_loss_weights"]),
+        }
+        new_state = TrainState(
+            step=state.step + 1,
+            adapter=optax.apply_updates(state.adapter, updates),
+            optimizer=optimizer_state,
+        )
+        return new_state, metrics
+
+    return step
+
+
+def _accumulate(gradient: Callable, batch: Batch, parts: int) -> tuple[Any, dict]:
+    """Sums `gradient` over microbatches, one after another, holding one microbatch's activations at a time."""
+    split = {name: x.reshape(parts, -1, *x.shape[1:]) for name, x in batch.items()}
+    shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], split), 0)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def add(sums, part):
+        index, microbatch = part
+        return jax.tree.map(jnp.add, sums, gradient(microbatch, index)), None
+
+    return jax.lax.scan(add, zeros, (jnp.arange(parts), split))[0]
