@@ -1,31 +1,30 @@
 """Localisation tasks generated from the CLDR data inside the Babel package: no download.
 
-A task is a kind of text and a language, for example `cldr_date_sw`: write a date in full in Swahili. Kind x language
-gives a multitask, multilingual mixture of short sequences whose answers are unambiguous.
+A task is a kind of text and a language: `cldr_date_sw` writes a date in full in Swahili. Kind x
+language gives a multitask, multilingual mixture of short sequences whose answers are unambiguous:
+`cldr_all`, one mixture a kind (`cldr_date`) and one a language (`cldr_sw`), at equal rates.
 
-* Which pairs exist. A language has a kind where Babel holds the language's own data for at least half of the kind's
-  items (units, currencies, magnitudes, ...); within a pair only those items are used. So no target is a raw key or the
-  root locale's abbreviation. Decimal and currency formats are the exception: there CLDR leaves out what equals the root
-  locale, so that inheriting it is the language's correct form.
-* Units. CLDR's root locale aliases a missing long pattern to the short one (UTS #35 part 2, Unit Elements), which Babel
-  does not follow; we do, where the short pattern is the language's own (Swahili day: 'siku 3').
-* Splits. The split is a hash of what is written (the date; the value and its unit), never of the language, so that no
-  value is trained on in one language and tested in another. The order within a split is a hash too: no random generator
-  takes part and the data are the same on every machine with the same Babel release.
-* Targets are Babel's output unchanged, no-break spaces and joiners included.
+* A pair exists where Babel holds the language's own data for at least half of the kind's items;
+  within a pair only those items are used. Babel has too few units for Yoruba, Zulu and Igbo, for
+  example, so there is no `cldr_unit_yo`.
+* The split of an example is a hash of what is written (the date; the value and its unit) and never
+  of the language: no value is trained on in one language and tested in another. The order within a
+  split is a hash too. No random generator takes part, so that one Babel release gives the same data
+  on every machine.
+* Targets are Babel's output unchanged, no-break spaces, joiners and direction marks included.
+
+Source: Unicode CLDR (Unicode License v3) through Babel (BSD-3-Clause).
 """
 
-import datetime
 import functools
-import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from decimal import Decimal
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
-from babel import Locale, dates, numbers, units
+from babel import Locale, localedata
 
 from sira_jax.errors import DataError
+from tasks import specs
+from tasks.cldr_kinds import KINDS, Kind, Value, digest
 
 LANGUAGES: Mapping[str, str] = {
     "af": "Afrikaans",
@@ -57,129 +56,131 @@ LANGUAGES: Mapping[str, str] = {
     "zu": "Zulu",
 }
 
-# At most so many examples a task; every pair of today's Babel reaches them (a test holds that).
-SPLIT_SIZES: Mapping[str, int] = {"train": 2000, "validation": 100, "test": 200}
+# At most so many examples a task. Validation takes 10 % of the values and test 15 %.
+MAX_EXAMPLES: Mapping[str, int] = {"train": 2000, "validation": 100, "test": 200}
+_VALIDATION_SHARE, _TEST_SHARE = 10, 15
+# A language has a kind where it has this share of the kind's items.
+_MIN_ITEM_SHARE = 0.5
 
-_UNITS = tuple(
+
+def split_of(kind: str, text: str) -> str:
+    """The split of a value of `kind`, from its text alone."""
+    draw = digest("split", kind, text) % 100
+    if draw < _VALIDATION_SHARE:
+        return "validation"
+    return "test" if draw < _VALIDATION_SHARE + _TEST_SHARE else "train"
+
+
+@functools.cache
+def _values_by_split(kind: str) -> Mapping[str, Sequence[Value]]:
+    """All distinct values of a kind, each split in its fixed order."""
+    splits: dict[str, list[Value]] = {split: [] for split in specs.SPLITS}
+    for value in {value.text: value for value in KINDS[kind].values()}.values():
+        splits[split_of(kind, value.text)].append(value)
+    for values in splits.values():
+        values.sort(key=lambda value: (digest("order", kind, value.text), value.text))
+    return splits
+
+
+@functools.cache
+def _item_counts(kind: str) -> Mapping[str, Counter]:
+    return {
+        split: Counter(value.item for value in values)
+        for split, values in _values_by_split(kind).items()
+    }
+
+
+@functools.cache
+def items(kind: str, language: str) -> frozenset[str]:
+    """The items of `kind` for which Babel holds the language's own data; empty where too few."""
+    if not localedata.exists(language):
+        return frozenset()
+    every = set().union(*_item_counts(kind).values())
+    locale = Locale.parse(language)
+    own = frozenset(item for item in every if KINDS[kind].has(locale, item))
+    return own if len(own) >= _MIN_ITEM_SHARE * len(every) else frozenset()
+
+
+def sizes(kind: str, language: str) -> Mapping[str, int]:
+    """Number of examples of each split."""
+    own = items(kind, language)
+    return {
+        split: min(MAX_EXAMPLES[split], sum(count for item, count in counts.items() if item in own))
+        for split, counts in _item_counts(kind).items()
+    }
+
+
+def generate(kind: str, language: str, split: str) -> list[specs.Example]:
+    """The examples of `split`, in their fixed order.
+
+    Raises:
+      DataError: unknown kind, language or split, or a pair that Babel has no data for.
     """
-    acceleration-g-force angle-degree area-acre area-hectare area-square-centimeter area-square-kilometer
-    area-square-meter area-square-mile digital-bit digital-byte digital-gigabyte digital-kilobyte digital-megabyte
-    digital-terabyte duration-century duration-day duration-hour duration-millisecond duration-minute duration-month
-    duration-second duration-week duration-year electric-ampere electric-ohm electric-volt energy-calorie energy-joule
-    energy-kilocalorie energy-kilojoule energy-kilowatt-hour frequency-hertz frequency-kilohertz frequency-megahertz
-    length-centimeter length-foot length-inch length-kilometer length-light-year length-meter length-micrometer
-    length-mile length-millimeter length-nautical-mile length-yard light-lux mass-carat mass-gram mass-kilogram
-    mass-microgram mass-milligram mass-ounce mass-pound mass-ton mass-tonne power-horsepower power-kilowatt
-    power-megawatt power-watt pressure-hectopascal speed-kilometer-per-hour speed-knot speed-meter-per-second
-    speed-mile-per-hour temperature-celsius temperature-fahrenheit volume-centiliter volume-cubic-kilometer
-    volume-cubic-meter volume-cup volume-gallon volume-hectoliter volume-liter volume-milliliter volume-tablespoon
-    volume-teaspoon
-    """.split()
-)
-_UNIT_VALUES = tuple(
-    Decimal(text)
-    for text in [str(n) for n in range(1, 41)]
-    + [str(n) for n in range(45, 101, 5)]
-    + ["120", "150", "200", "250", "300", "400", "500", "750", "1000", "1500", "2500", "10000"]
-    + [f"{n}.5" for n in range(1, 21)]
-    + ["0.5", "0.25", "1.25", "2.75", "3.2", "4.8", "7.1", "12.75", "33.3", "66.6"]
-)
-_RELATIVE_SECONDS: Mapping[str, int] = dict((unit, size) for unit, size in dates.TIMEDELTA_UNITS)
-_RELATIVE_COUNTS = range(1, 251)
-_CURRENCIES = tuple(
-    "AED AUD BDT BRL CAD CHF CNY EGP ETB EUR GBP IDR INR JPY KES KRW MXN NGN NOK PHP PKR RUB SAR SEK THB TRY TZS UGX "
-    "USD VND ZAR".split()
-)
+    for field, value, known in (
+        ("kind", kind, KINDS),
+        ("language", language, LANGUAGES),
+        ("split", split, MAX_EXAMPLES),
+    ):
+        if value not in known:
+            raise DataError(f"{field}={value!r} of the CLDR tasks: use one of {list(known)}")
+    own = items(kind, language)
+    if not own:
+        raise DataError(f"Babel has no {kind} data of its own for language {language!r}")
+    return list(_generate(KINDS[kind], language, split, own))
 
 
-@dataclass(frozen=True)
-class Value:
-    """What an example writes: `item` decides whether a language can (a unit, a currency), `text` stands in the prompt.
-
-    `text` is the identity of the example: the split hangs on it alone.
-    """
-
-    item: str
-    number: Any
-    text: str
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of text.
-
-    Attributes:
-      name: middle part of the task names.
-      template: the prompt, with the fields {value} and {language}.
-      values: all values of the kind, in any order.
-      items: every item the values use.
-      has: whether Babel holds the language's own data for an item.
-      write: the target.
-    """
-
-    name: str
-    template: str
-    values: Callable[[], Iterable[Value]]
-    items: Sequence[str]
-    has: Callable[[Locale, str], bool]
-    write: Callable[[Locale, Value], str]
+def _generate(
+    kind: Kind, language: str, split: str, own: frozenset[str]
+) -> Iterator[specs.Example]:
+    locale = Locale.parse(language)
+    usable = (value for value in _values_by_split(kind.name)[split] if value.item in own)
+    for value, _ in zip(usable, range(MAX_EXAMPLES[split]), strict=False):
+        yield {
+            "inputs": kind.template.format(value=value.text, language=LANGUAGES[language]),
+            "targets": kind.write(locale, value),
+        }
 
 
-def _digest(*parts: object) -> bytes:
-    return hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=16).digest()
+def task_name(kind: str, language: str) -> str:
+    """The name of the task of a kind and a language, which may not exist."""
+    return f"cldr_{kind}_{language}"
 
 
-def _draw(name: str, index: int, low: int, high: int) -> int:
-    """A number of [low, high), the same on every machine."""
-    return low + int.from_bytes(_digest("draw", name, index)[:8], "big") % (high - low)
+def _register() -> None:
+    by_kind: dict[str, list[str]] = {}
+    by_language: dict[str, list[str]] = {}
+    for kind in KINDS:
+        for language, language_name in LANGUAGES.items():
+            if not items(kind, language):
+                continue
+            spec = specs.add_task(
+                specs.TaskSpec(
+                    name=task_name(kind, language),
+                    description=f"CLDR {kind.replace('_', ' ')} in {language_name}",
+                    source=functools.partial(generate, kind, language),
+                    metrics=("exact_match", "chrf"),
+                    sizes=sizes(kind, language),
+                )
+            )
+            by_kind.setdefault(kind, []).append(spec.name)
+            by_language.setdefault(language, []).append(spec.name)
+    groups = {
+        **{f"cldr_{kind}": (f"CLDR {kind}, all languages", t) for kind, t in by_kind.items()},
+        **{
+            f"cldr_{language}": (f"all CLDR tasks in {LANGUAGES[language]}", t)
+            for language, t in by_language.items()
+        },
+        "cldr_all": ("all CLDR tasks", [name for names in by_kind.values() for name in names]),
+    }
+    for name, (description, names) in groups.items():
+        specs.add_mixture(
+            specs.MixtureSpec(
+                name=name,
+                description=description,
+                tasks=tuple(names),
+                rates=(1.0,) * len(names),
+            )
+        )
 
 
-def _always(locale: Locale, item: str) -> bool:
-    del locale, item
-    return True
-
-
-# date ------------------------------------------------------------------------------------------------------------------
-
-
-def _date_values() -> Iterable[Value]:
-    first = datetime.date(1950, 1, 1).toordinal()
-    last = datetime.date(2050, 1, 1).toordinal()
-    for ordinal in range(first, last):
-        date = datetime.date.fromordinal(ordinal)
-        yield Value("full", date, date.isoformat())
-
-
-def _has_date(locale: Locale, item: str) -> bool:
-    del item
-    root = Locale("und")
-    months, days = locale.months["format"]["wide"], locale.days["format"]["wide"]
-    return dict(months) != dict(root.months["format"]["wide"]) and dict(days) != dict(
-        root.days["format"]["wide"]
-    )
-
-
-def _write_date(locale: Locale, value: Value) -> str:
-    return dates.format_date(value.number, "full", locale=locale)
-
-
-# unit ------------------------------------------------------------------------------------------------------------------
-
-
-def _unit_values() -> Iterable[Value]:
-    for unit in _UNITS:
-        name = unit.split("-", 1)[1].replace("-", " ")
-        for number in _UNIT_VALUES:
-            yield Value(unit, number, f"{number} {name}")
-
-
-@functools.lru_cache(maxsize=None)
-def _unit_length(locale: Locale, unit: str) -> str | None:
-    """'long', or 'short' where CLDR aliases the one to the other, or None where the language lacks the unit."""
-    patterns = locale.unit_patterns_of(unit) if hasattr(locale, "unit_patterns_of") else None
-    return patterns
-
-
-def _write_unit(locale: Locale, value: Value) -> str:
-    length = _unit_length(locale, value.item)
-    return units.format_unit(value.number, value.item, length, locale=locale)
+_register()

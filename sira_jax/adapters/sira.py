@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from sira_jax import routing
 from sira_jax.adapters.base import (
@@ -86,7 +87,10 @@ class SiRA(nn.Module):
             ),
             (experts, rank, d_out),
         )
-        x_GSD, valid_GS = routing.group_tokens(x_BTD, context.valid_BT, config.group_size)
+        valid_BT = context.valid_BT
+        if valid_BT is None:
+            valid_BT = jnp.ones(x_BTD.shape[:2], bool)
+        x_GSD, valid_GS = routing.group_tokens(x_BTD, valid_BT, config.group_size)
         training = not context.deterministic
         dropped_x_GSD = None
         if training and config.dropout_rate > 0:
@@ -104,15 +108,19 @@ class SiRA(nn.Module):
             rng=self.make_rng("expert_dropout") if needs_rng else None,
             expert_input_GSD=dropped_x_GSD,
         )
-        self.sow("losses", "load_balance", routing.weighted_losses(routed, config))
+        loss = config.load_balance_loss_weight * routing.load_balance_loss(routed)
+        if config.router_z_loss_weight:
+            z_loss = routing.router_z_loss(routed.logits_GSE, valid_GS)
+            loss = loss + config.router_z_loss_weight * z_loss
+        self.sow("losses", "router", loss)
         if self.is_mutable_collection("metrics"):
             task_ids_GS = None
             if context.num_tasks and context.task_ids_BT is not None:
-                tasks_GS1, _ = routing.group_tokens(
-                    context.task_ids_BT[..., None], context.valid_BT, config.group_size
+                task_ids_GS, _ = routing.group_tokens(
+                    context.task_ids_BT, valid_BT, config.group_size
                 )
-                task_ids_GS = tasks_GS1[..., 0]
-            stats = routing.router_metrics(routed, task_ids_GS, context.num_tasks)
+            num_tasks = 0 if task_ids_GS is None else context.num_tasks
+            stats = routing.router_stats(routed, task_ids_GS, num_tasks)
             self.sow("metrics", "router", stats)
         delta_BTF = routing.ungroup(delta_GSF, *x_BTD.shape[:2])
         return y_BTF + delta_BTF.astype(y_BTF.dtype)

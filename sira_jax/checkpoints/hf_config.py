@@ -1,4 +1,6 @@
-"""Hugging Face config.json to DecoderConfig and back. Field meanings and defaults: the transformers library [O]."""
+"""Hugging Face config.json to DecoderConfig and back. Field meanings and defaults: the transformers
+library [O].
+"""
 
 import dataclasses
 import math
@@ -71,10 +73,12 @@ def read_decoder_config(path: str, **options: object) -> DecoderConfig:
 
     Args:
       path: the folder.
-      **options: fields of DecoderConfig that a checkpoint does not give: dtype, param_dtype, scan_layers, remat_policy.
+      **options: fields of DecoderConfig that a checkpoint does not give: dtype, param_dtype,
+        scan_layers, remat_policy.
 
     Raises:
-      ModelFileError: naming the field and what is supported, if the decoder cannot compute what the file describes.
+      ModelFileError: naming the field and what is supported, if the decoder cannot compute what the
+        file describes.
     """
     file = os.path.join(path, CONFIG)
     fields = Fields(file, read_json(file))
@@ -84,7 +88,7 @@ def read_decoder_config(path: str, **options: object) -> DecoderConfig:
         raise fields.fail("model_type", f"one of {', '.join(FAMILIES)}")
     if fields.content.get("quantization_config") is not None:
         raise ModelFileError(
-            f"{file}: quantization_config is not supported: load the unquantised model, or a GGUF file"
+            f"{file}: quantization_config is not supported: load the full model or a GGUF file"
         )
     if fields.content.get("hidden_act", "silu") not in ("silu", "swish"):
         raise fields.fail("hidden_act", "silu")
@@ -101,15 +105,16 @@ def read_decoder_config(path: str, **options: object) -> DecoderConfig:
     max_positions = fields.count("max_position_embeddings", family.max_positions)
     _check_sliding_window(fields, family, max_positions)
     rope_theta, rope_scaling = _read_rope(fields, max_positions)
+    # Null means one key and value head a query head everywhere; silence means so only for llama.
+    is_null = "num_key_value_heads" in fields.content
+    kv_default = num_heads if is_null or family.kv_heads_default_to_heads else None
     return make_config(
         file,
         vocab_size=fields.count("vocab_size"),
         emb_dim=emb_dim,
         num_layers=fields.count("num_hidden_layers"),
         num_heads=num_heads,
-        num_kv_heads=fields.count(
-            "num_key_value_heads", num_heads if family.kv_heads_default_to_heads else None
-        ),
+        num_kv_heads=fields.count("num_key_value_heads", kv_default),
         head_dim=head_dim,
         mlp_dim=fields.count("intermediate_size"),
         norm_eps=fields.number("rms_norm_eps", 1e-6),
@@ -123,7 +128,9 @@ def read_decoder_config(path: str, **options: object) -> DecoderConfig:
 
 
 def make_config(path: str, **fields: object) -> DecoderConfig:
-    """Returns DecoderConfig(**fields); what that refuses becomes a ModelFileError that names `path`."""
+    """Returns DecoderConfig(**fields); what that refuses becomes a ModelFileError that names
+    `path`.
+    """
     try:
         return DecoderConfig(**fields)
     except ConfigError as error:
@@ -140,15 +147,15 @@ def _check_sliding_window(fields: Fields, family: _Family, max_positions: int) -
     if window is not None and (type(window) is not int or window < max_positions):
         raise ModelFileError(
             f"{fields.path}: sliding_window={window!r} is not supported: null, or at least "
-            f"max_position_embeddings={max_positions} (full attention); every layer here attends to all positions"
+            f"max_position_embeddings={max_positions}; every layer here attends to all positions"
         )
 
 
 def _read_rope(fields: Fields, max_positions: int) -> tuple[float, RopeScaling | None]:
-    name = "rope_parameters" if fields.content.get("rope_parameters") else "rope_scaling"
+    name = "rope_scaling" if fields.content.get("rope_scaling") else "rope_parameters"
     content = fields.content.get(name) or {}
-    if not isinstance(content, dict):
-        raise fields.fail(name, "null or an object with rope_type")
+    if not isinstance(content, dict) or any(isinstance(v, dict) for v in content.values()):
+        raise fields.fail(name, "null or one object with rope_type for all layers")
     rope = Fields(fields.path, content)
     # rope_parameters (transformers 5) holds the base as well; before, it was a field of its own.
     theta = rope.number("rope_theta", fields.number("rope_theta", 10000.0))
@@ -174,7 +181,7 @@ def _read_rope(fields: Fields, max_positions: int) -> tuple[float, RopeScaling |
 
 
 def to_hf_config(config: DecoderConfig) -> dict:
-    """Returns the fields of a config.json (model_type qwen2 if q, k and v have biases, else llama)."""
+    """Returns the fields of a config.json: of qwen2 if q, k and v have biases, else of llama."""
     fields: dict[str, object] = {
         "architectures": ["Qwen2ForCausalLM" if config.qkv_bias else "LlamaForCausalLM"],
         "model_type": "qwen2" if config.qkv_bias else "llama",

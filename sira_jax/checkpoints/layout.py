@@ -1,9 +1,12 @@
-"""Where each parameter of the decoder is in a Hugging Face checkpoint, and how a tree of them is filled from one.
+"""Where each parameter of the decoder is in a Hugging Face checkpoint, and how a tree of them is
+filled from one.
 
-Axis letters: L layers, D residual width, F MLP width, V vocabulary; a Hugging Face matrix is (out, in), ours (in, out).
+Axis letters: L layers, D residual width, F MLP width, V vocabulary; a Hugging Face matrix is (out,
+in), ours (in, out).
 
-A leaf's memory is taken once, in its final type, filled a few rows at a time and handed to JAX before the next one is
-begun, the largest first: a load needs little more host memory than the model itself.
+A leaf's memory is taken once, in its final type, filled a few rows at a time and handed to JAX
+before the next one is begun, the largest first: a load needs little more host memory than the model
+itself.
 """
 
 import dataclasses
@@ -79,9 +82,7 @@ def leaves(config: DecoderConfig) -> list[Leaf]:
         return Leaf(path, shape, (name,), stacked=False, transposed=transposed)
 
     table = [
-        single(
-            ("token_embedder", "embedding"), (config.vocab_size, d), "model.embed_tokens.weight"
-        )
+        single(("token_embedder", "embedding"), (config.vocab_size, d), "model.embed_tokens.weight")
     ]
     layers = range(config.num_layers)
     if config.scan_layers:
@@ -117,9 +118,11 @@ def leaves(config: DecoderConfig) -> list[Leaf]:
 
 
 def check_tensors(source: TensorSource, config: DecoderConfig) -> None:
-    """Raises ModelFileError, in one message, if a tensor is missing, unexpected or of another shape.
+    """Raises ModelFileError, in one message, if a tensor is missing, unexpected or of another
+    shape.
 
-    `rotary_emb.inv_freq` buffers of old checkpoints are passed over, and so is an `lm_head.weight` beside tied embeddings.
+    `rotary_emb.inv_freq` buffers of old checkpoints are passed over, and so is an `lm_head.weight`
+    beside tied embeddings.
     """
     expected = {name: leaf.tensor_shape for leaf in leaves(config) for name in leaf.names}
     optional = {}
@@ -130,10 +133,12 @@ def check_tensors(source: TensorSource, config: DecoderConfig) -> None:
         for name, shape in source.shapes.items()
         if not name.endswith("rotary_emb.inv_freq")
     }
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected and name not in optional]
+    missing = [source.stored_name(name) for name in expected if name not in found]
+    unexpected = [
+        source.stored_name(name) for name in found if name not in expected and name not in optional
+    ]
     misshapen = [
-        f"{name} is {found[name]}, expected {shape}"
+        f"{source.stored_name(name)} is {found[name]}, expected {shape}"
         for name, shape in {**expected, **optional}.items()
         if name in found and found[name] != shape
     ]
@@ -162,17 +167,20 @@ def load_params(
 
     Args:
       source: the checkpoint's tensors.
-      config: what the tensors must fit; `param_dtype` and `scan_layers` give the leaves' type and layout.
-      sharding_fn: (path, shape) -> the leaf's sharding, or None for an array on the default device. Every process reads
-        only the rows that its own devices hold.
+      config: what the tensors must fit; `param_dtype` and `scan_layers` give the leaves' type and
+        layout.
+      sharding_fn: (path, shape) -> the leaf's sharding, or None for an array on the default device.
+        Every process reads only the rows that its own devices hold.
 
     Raises:
-      ModelFileError: before anything is read if the tensors do not fit, else if a file turns out to be truncated.
+      ModelFileError: before anything is read if the tensors do not fit, else if a file turns out to
+        be truncated.
     """
     check_tensors(source, config)
     dtype = jax.numpy.dtype(config.param_dtype)
     params: dict = {}
-    # Largest first: while JAX takes a leaf over, two copies of that leaf may exist; at the start there is room for it.
+    # Largest first: while JAX takes a leaf over, two copies of that leaf may exist; at the start
+    # there is room for it.
     for leaf in sorted(leaves(config), key=lambda leaf: -leaf.size):
         sharding = sharding_fn(leaf.path, leaf.shape) if sharding_fn else None
         *parents, last = leaf.path
@@ -209,7 +217,9 @@ def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
 def _read_blocks(
     source: TensorSource, leaf: Leaf, dtype: np.dtype, wanted: list[Bounds]
 ) -> dict[Bounds, np.ndarray]:
-    """Reads the wanted blocks of a leaf; each row of the checkpoint is read once, whatever the number of blocks."""
+    """Reads the wanted blocks of a leaf; each row of the checkpoint is read once, whatever the
+    number of blocks.
+    """
     blocks = {
         bounds: _aligned_empty(tuple(stop - start for start, stop in bounds), dtype)
         for bounds in wanted
@@ -222,9 +232,7 @@ def _read_blocks(
                 if not first <= layer < last:
                     continue
                 block = block[layer - first]
-            parts.append(
-                (bounds[::-1], block.T) if leaf.transposed else (tuple(bounds), block)
-            )
+            parts.append((bounds[::-1], block.T) if leaf.transposed else (tuple(bounds), block))
         parts = [(bounds, block) for bounds, block in parts if block.size]
         if not parts:
             continue

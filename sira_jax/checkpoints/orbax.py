@@ -41,7 +41,9 @@ class Checkpointer:
                 return sign * metrics[best_metric]
 
             # A step saved without an evaluation has no metrics and is never the best.
-            policies.append(_MANAGER.BestN(n=1, get_metric_fn=best_fn, keep_checkpoints_without_metrics=False))
+            policies.append(
+                _MANAGER.BestN(n=1, get_metric_fn=best_fn, keep_checkpoints_without_metrics=False)
+            )
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -51,7 +53,8 @@ class Checkpointer:
                 create=True,
             ),
             item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
+                "adapter": ocp.StandardCheckpointHandler(),
+                "optimizer": ocp.StandardCheckpointHandler(),
                 "data": ocp.JsonCheckpointHandler(),
                 "meta": ocp.JsonCheckpointHandler(),
             },
@@ -60,7 +63,8 @@ class Checkpointer:
     def save(
         self,
         step: int,
-        state: Any,
+        adapter: Any,
+        optimizer: Any,
         data: Mapping[str, Any],
         meta: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
@@ -69,7 +73,8 @@ class Checkpointer:
 
         Args:
           step: optimizer steps done.
-          state: pytree of arrays, sharded or not.
+          adapter: the trained parameters, sharded or not.
+          optimizer: the rest of what a step updates; apart, since evaluation reads only the adapter.
           data: position of the input pipeline, plain JSON data.
           meta: config and base fingerprint, plain JSON data.
           metrics: the evaluation at this step, if there was one.
@@ -81,7 +86,8 @@ class Checkpointer:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
+                adapter=ocp.args.StandardSave(adapter),
+                optimizer=ocp.args.StandardSave(optimizer),
                 data=ocp.args.JsonSave(dict(data)),
                 meta=ocp.args.JsonSave(dict(meta)),
             ),
@@ -107,23 +113,30 @@ class Checkpointer:
         """Directory of one checkpoint."""
         return self.directory / str(step)
 
-    def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        """Returns (state, data) of a checkpoint.
+    def restore(self, step: int, adapter: Any, optimizer: Any) -> tuple[Any, Any, dict[str, Any]]:
+        """Returns (adapter, optimizer, data) of a checkpoint.
 
         Args:
           step: one of `all_steps`.
-          abstract_state: tree of jax.ShapeDtypeStruct, with the shardings that the arrays shall have; it need not be the
-            sharding they were saved with.
+          adapter: tree of jax.ShapeDtypeStruct, with the shardings that the arrays shall have; they need not be the
+            shardings they were saved with.
+          optimizer: the same.
 
         Raises:
-          CheckpointError: if the checkpoint is damaged or its tree does not fit.
+          CheckpointError: if the checkpoint is damaged or its trees do not fit.
         """
         args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
+            adapter=ocp.args.StandardRestore(adapter),
+            optimizer=ocp.args.StandardRestore(optimizer),
+            data=ocp.args.JsonRestore(),
         )
         restored = self._restore(step, args)
-        _check_shapes(restored.state, abstract_state, self.path(step))
-        return restored.state, restored.data
+        return restored.adapter, restored.optimizer, restored.data
+
+    def restore_adapter(self, step: int, adapter: Any) -> Any:
+        """Returns the trained parameters alone; see `restore`."""
+        args = ocp.args.Composite(adapter=ocp.args.StandardRestore(adapter))
+        return self._restore(step, args).adapter
 
     def restore_meta(self, step: int) -> dict[str, Any]:
         """Returns `meta` of a checkpoint; raises CheckpointError if it cannot be read."""
@@ -143,12 +156,3 @@ class Checkpointer:
     def close(self) -> None:
         """Waits, then frees the threads."""
         self._manager.close()
-
-
-def _check_shapes(state: Any, abstract: Any, path: Path) -> None:
-    found, expected = (jax.tree_util.tree_leaves_with_path(tree) for tree in (state, abstract))
-    for (key, leaf), (_, wanted) in zip(found, expected, strict=True):
-        if leaf.shape != wanted.shape:
-            raise CheckpointError(
-                f"{path}: {jax.tree_util.keystr(key)} has shape {leaf.shape}, the config needs {wanted.shape}"
-            )

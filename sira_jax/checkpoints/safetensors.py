@@ -1,10 +1,10 @@
 """Reading and writing safetensors files a few rows at a time.
 
-The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data,
-without holes. Source: the format description of the safetensors project [O].
+The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}},
+then the data, without holes. Source: the format description of the safetensors project [O].
 
-Rows are read with plain file reads, not through a memory map: the mapped pages of a file count in the process's
-resident memory, and a model would be held twice.
+Rows are read with plain file reads, not through a memory map: the mapped pages of a file count in
+the process's resident memory, and a model would be held twice.
 """
 
 import contextlib
@@ -40,7 +40,8 @@ INDEX = "model.safetensors.index.json"
 
 
 class TensorSource(Protocol):
-    """Tensors of a model under their Hugging Face names, in Hugging Face layout (rows are output features).
+    """Tensors of a model under their Hugging Face names, in Hugging Face layout (rows are output
+    features).
 
     Attributes:
       path: the file or folder, for messages.
@@ -53,11 +54,16 @@ class TensorSource(Protocol):
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Returns rows start:stop of a tensor (elements start:stop of a vector)."""
 
+    def stored_name(self, name: str) -> str:
+        """Returns what the file itself calls a tensor, for messages."""
+
 
 def row_chunks(
     source: TensorSource, name: str, start: int = 0, stop: int | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (first row, rows) of tensor `name` in pieces of about 4 MB of float32, from `start` to `stop`."""
+    """Yields (first row, rows) of tensor `name` in pieces of about 4 MB of float32, from `start` to
+    `stop`.
+    """
     shape = source.shapes[name]
     stop = shape[0] if stop is None else stop
     step = max(1, _CHUNK_BYTES // (4 * max(1, math.prod(shape[1:]))))
@@ -74,7 +80,9 @@ class _Entry:
 
 
 def read_json(path: str) -> dict:
-    """Returns the JSON object in a file; ModelFileError if it is missing, not JSON or not an object."""
+    """Returns the JSON object in a file; ModelFileError if it is missing, not JSON or not an
+    object.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
@@ -88,7 +96,8 @@ def read_json(path: str) -> dict:
 
 
 class SafetensorsFile:
-    """One open safetensors file: a TensorSource whose header has been checked against the file's size.
+    """One open safetensors file: a TensorSource whose header has been checked against the file's
+    size.
 
     Raises:
       ModelFileError: if the file is missing, truncated, or its header is not of the format.
@@ -119,7 +128,7 @@ class SafetensorsFile:
         dtype = DTYPES.get(entry.dtype)
         if dtype is None:
             raise ModelFileError(
-                f"{self.path}: tensor {name} has dtype {entry.dtype}; supported: {', '.join(DTYPES)}"
+                f"{self.path}: tensor {name} has dtype {entry.dtype}, not {', '.join(DTYPES)}"
             )
         row_shape = entry.shape[1:]
         row_bytes = math.prod(row_shape) * dtype.itemsize
@@ -127,6 +136,9 @@ class SafetensorsFile:
         self._file.seek(entry.begin + start * row_bytes)
         _read_into(self._file, data, self.path)
         return data
+
+    def stored_name(self, name: str) -> str:
+        return name
 
     def _read_header(self) -> dict[str, _Entry]:
         size = os.fstat(self._file.fileno()).st_size
@@ -136,8 +148,8 @@ class SafetensorsFile:
         length = int.from_bytes(prefix, "little")
         if length > min(size - 8, _LONGEST_HEADER):
             raise ModelFileError(
-                f"{self.path}: truncated or not a safetensors file: header length {length} goes beyond the file's "
-                f"{size} bytes or the format's limit of {_LONGEST_HEADER}"
+                f"{self.path}: truncated or not a safetensors file: header length {length} goes "
+                f"beyond the file's {size} bytes or the format's limit of {_LONGEST_HEADER}"
             )
         text = self._file.read(length)
         try:
@@ -156,8 +168,8 @@ class SafetensorsFile:
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
             if entry.begin != end:
                 raise ModelFileError(
-                    f"{self.path}: tensor {name} starts at byte {entry.begin - data_start} of the data, expected "
-                    f"{end - data_start} (tensors overlap or leave a hole)"
+                    f"{self.path}: tensor {name} starts at byte {entry.begin - data_start} of the "
+                    f"data, expected {end - data_start} (tensors overlap or leave a hole)"
                 )
             end = entry.end
         if end != size:
@@ -175,30 +187,34 @@ class SafetensorsFile:
             )
         except (TypeError, KeyError, ValueError):
             raise ModelFileError(
-                f"{self.path}: header entry of tensor {name} must have dtype, shape and two data_offsets, "
-                f"found {fields!r}"
+                f"{self.path}: header entry of tensor {name} must have dtype, shape and two "
+                f"data_offsets, found {fields!r}"
             ) from None
         if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
             raise ModelFileError(
-                f"{self.path}: shape and data_offsets of tensor {name} must be whole numbers, found {fields!r}"
+                f"{self.path}: shape and data_offsets of tensor {name} must be whole numbers, "
+                f"found {fields!r}"
             )
         if dtype not in _ITEM_SIZES:
             raise ModelFileError(f"{self.path}: tensor {name} has unknown dtype {dtype!r}")
         needed = math.prod(shape) * _ITEM_SIZES[dtype]
         if end - begin != needed:
             raise ModelFileError(
-                f"{self.path}: tensor {name} of dtype {dtype} and shape {shape} needs {needed} bytes, its "
-                f"data_offsets give {end - begin}"
+                f"{self.path}: tensor {name} of dtype {dtype} and shape {shape} needs {needed} "
+                f"bytes, its data_offsets give {end - begin}"
             )
         if data_start + end > size:
             raise ModelFileError(
-                f"{self.path}: truncated: tensor {name} ends at byte {data_start + end}, the file has {size}"
+                f"{self.path}: truncated: tensor {name} ends at byte {data_start + end}, the file "
+                f"has {size}"
             )
         return _Entry(dtype, shape, data_start + begin, data_start + end)
 
 
 class SafetensorsFolder:
-    """The safetensors weights of a Hugging Face folder, in one file or in the shards an index names."""
+    """The safetensors weights of a Hugging Face folder, in one file or in the shards an index
+    names.
+    """
 
     def __init__(self, path: str):
         self.path = str(path)
@@ -218,6 +234,9 @@ class SafetensorsFolder:
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         return self._of[name].read_rows(name, start, stop)
 
+    def stored_name(self, name: str) -> str:
+        return name
+
     def _open(self) -> None:
         if os.path.exists(os.path.join(self.path, WEIGHTS)):
             self._add_file(WEIGHTS)
@@ -232,13 +251,15 @@ class SafetensorsFolder:
             is_plain = isinstance(file_name, str) and os.path.basename(file_name) == file_name
             if not is_plain or file_name in ("", ".", ".."):
                 raise ModelFileError(
-                    f"{index_path}: weight_map[{name!r}]={file_name!r} must be the name of a file in the folder"
+                    f"{index_path}: weight_map[{name!r}]={file_name!r} must be the name of a file "
+                    f"in the folder"
                 )
             if file_name not in self._files:
                 self._add_file(file_name)
             if name not in self._files[file_name].shapes:
                 raise ModelFileError(
-                    f"{os.path.join(self.path, file_name)}: missing tensor {name}, which {INDEX} places there"
+                    f"{os.path.join(self.path, file_name)}: missing tensor {name}, which {INDEX} "
+                    f"places there"
                 )
 
     def _add_file(self, file_name: str) -> None:
@@ -247,7 +268,8 @@ class SafetensorsFolder:
         for name in file.shapes:
             if name in self._of:
                 raise ModelFileError(
-                    f"{self.path}: tensor {name} is in {os.path.basename(self._of[name].path)} and in {file_name}"
+                    f"{self.path}: tensor {name} is in {os.path.basename(self._of[name].path)} and "
+                    f"in {file_name}"
                 )
             self._of[name] = file
 
@@ -257,8 +279,8 @@ def _no_weights(path: str) -> str:
     pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if pickled:
         return (
-            f"{path}: weights are only in {pickled[0]}, a pickle, which could run code when read and is never "
-            f"opened; convert the model to safetensors (transformers: save_pretrained) and load that folder"
+            f"{path}: weights are only in {pickled[0]}, a pickle, which could run code when read "
+            f"and is never opened; convert the model to safetensors (transformers: save_pretrained)"
         )
     return f"{path}: no weights: neither {WEIGHTS} nor {INDEX} is there"
 
@@ -295,7 +317,8 @@ def write_safetensors(
     """Writes tensors to `path`, one chunk at a time; the file appears whole or not at all.
 
     Raises:
-      ValueError: if a tensor's chunks do not add up to its shape, or its dtype is not one of DTYPES.
+      ValueError: if a tensor's chunks do not add up to its shape, or its dtype is not one of
+        DTYPES.
       OSError: if the file cannot be written.
     """
     tensors = list(tensors)
@@ -328,7 +351,9 @@ def write_safetensors(
 
 
 def write_atomically(path: str, write: Callable) -> None:
-    """Calls `write` with a new binary file beside `path`, then moves that file to `path` in one step."""
+    """Calls `write` with a new binary file beside `path`, then moves that file to `path` in one
+    step.
+    """
     folder, name = os.path.split(os.path.abspath(path))
     temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
     try:

@@ -155,16 +155,18 @@ class Decoder(nn.Module):
 
     def _advance_cache(self, segments_BT, cache_length):
         """Returns the slot where this call's tokens go and the segment ids of all slots, these tokens' included."""
-        index = self.variable("cache", "index", jnp.zeros, (), jnp.int32)
-        slots = self.variable(
-            "cache", "segment_ids", jnp.zeros, (segments_BT.shape[0], cache_length), jnp.int32
+        if self.has_variable("cache", "index"):
+            start = self.get_variable("cache", "index")
+            slots_BS = self.get_variable("cache", "segment_ids")
+        else:
+            start = jnp.zeros((), jnp.int32)
+            slots_BS = jnp.zeros((segments_BT.shape[0], cache_length), jnp.int32)
+        slots_BS = jax.lax.dynamic_update_slice_in_dim(
+            slots_BS, segments_BT.astype(jnp.int32), start, axis=1
         )
-        start = index.value
-        slots.value = jax.lax.dynamic_update_slice_in_dim(
-            slots.value, segments_BT.astype(jnp.int32), start, axis=1
-        )
-        index.value = start + segments_BT.shape[1]
-        return start, slots.value
+        self.put_variable("cache", "segment_ids", slots_BS)
+        self.put_variable("cache", "index", start + segments_BT.shape[1])
+        return start, slots_BS
 
 
 def attention_mask(

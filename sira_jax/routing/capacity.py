@@ -15,8 +15,8 @@ def expert_capacity(group_size: int, config: RoutingConfig, *, deterministic: bo
     """Returns C, the most tokens of a group of `group_size` (padding included) an expert takes.
 
     C = max(min_capacity, ceil(capacity_factor * k * S / E)) [C: `capacity_counts_k` keeps the k].
-    `deterministic` takes `eval_capacity_factor` instead. Without a factor C = S, which binds nothing
-    since no token selects an expert twice. C may be over S; `is_unlimited` tells.
+    `deterministic` takes `eval_capacity_factor` instead. Without a factor C = S. A C of S or more
+    turns no token away, since none selects an expert twice.
     """
     factor = config.eval_capacity_factor if deterministic else config.capacity_factor
     if factor is None:
@@ -39,12 +39,41 @@ def queue_positions(rank_GSE: jax.Array, queued_GSE: jax.Array, num_choices: int
       num_choices: choices a token has, k.
 
     Returns:
-      int32 (G, S, E), from 0; meaningless where not queued.
+      int32 (G, S, E), from 0; 0 where not queued.
     """
-    choices_K = jnp.arange(num_choices)[:, None]
-    queue_GSKE = (queued_GSE[:, :, None] & (rank_GSE[:, :, None] == choices_K)).astype(jnp.int32)
+    queue_GSKE = _queue_of_choice(rank_GSE, queued_GSE, num_choices).astype(jnp.int32)
     before_GSKE = jnp.cumsum(queue_GSKE, axis=1) - queue_GSKE
-    queued_GKE = jnp.sum(queue_GSKE, axis=1)
-    better_choices_GKE = jnp.cumsum(queued_GKE, axis=1) - queued_GKE
-    place_GSKE = before_GSKE + better_choices_GKE[:, None]
+    place_GSKE = before_GSKE + _better_choices(queue_GSKE)[:, None]
     return jnp.sum(queue_GSKE * place_GSKE, axis=2)
+
+
+def within_capacity(
+    rank_GSE: jax.Array, queued_GSE: jax.Array, num_choices: int, capacity: int
+) -> jax.Array:
+    """Returns bool (G, S, E): queued, and `queue_positions` is below `capacity`.
+
+    It needs one prefix sum for all choices together: of an expert's queue, all of the choices before
+    one are kept, none of those after it, and only that one is cut, at some token.
+    """
+    if capacity >= rank_GSE.shape[1]:
+        return queued_GSE
+    queue_GSKE = _queue_of_choice(rank_GSE, queued_GSE, num_choices)
+    better_GKE = _better_choices(queue_GSKE)
+    # The last choice that still finds a place free: with no place at all it would be choice -1.
+    cut_G1E = jnp.sum(better_GKE < capacity, axis=1, keepdims=True) - 1
+    is_cut_GKE = jnp.arange(num_choices)[:, None] == cut_G1E
+    free_G1E = capacity - jnp.sum(better_GKE * is_cut_GKE, axis=1, keepdims=True)
+    in_cut_GSE = queued_GSE & (rank_GSE == cut_G1E)
+    taken_GSE = jnp.cumsum(in_cut_GSE.astype(jnp.int32), axis=1)
+    return queued_GSE & ((rank_GSE < cut_G1E) | (in_cut_GSE & (taken_GSE <= free_G1E)))
+
+
+def _queue_of_choice(rank_GSE, queued_GSE, num_choices):
+    choices_K1 = jnp.arange(num_choices)[:, None]
+    return queued_GSE[:, :, None] & (rank_GSE[:, :, None] == choices_K1)
+
+
+def _better_choices(queue_GSKE):
+    """Returns (G, K, E): how many tokens of the group queue with a better choice."""
+    queued_GKE = jnp.sum(queue_GSKE, axis=1, dtype=jnp.int32)
+    return jnp.cumsum(queued_GKE, axis=1) - queued_GKE

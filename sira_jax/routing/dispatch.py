@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from sira_jax.errors import check
+from sira_jax.routing.capacity import expert_capacity
 from sira_jax.routing.config import DISPATCH_ALGORITHMS, RoutingConfig
 from sira_jax.routing.router import Routing, route, router_logits
 
@@ -106,7 +107,7 @@ def mix_experts(
     is_joined = algorithm == "masked" and expert_input_GSD is None and x_GSD.dtype == jnp.float32
     if is_joined:
         weights_DM = jnp.concatenate([_join_ranks(lora_a_EDR), router_DE], axis=1)
-        joined_GSM = router_logits(x_GSD, weights_DM)
+        joined_GSM = _project(x_GSD, weights_DM, precision=jax.lax.Precision.HIGHEST)
         hidden_GSM, logits_GSE = jnp.split(joined_GSM, [num_experts * rank], axis=-1)
     else:
         logits_GSE = router_logits(x_GSD, router_DE)
@@ -165,7 +166,7 @@ def apply_experts(
         return _einsum_experts(x_GSD, routing, lora_a_EDR, lora_b_ERF)
     if algorithm == "ragged":
         return _ragged_experts(x_GSD, routing, lora_a_EDR, lora_b_ERF)
-    hidden_GSM = _dot("gsd,dm->gsm", x_GSD, _join_ranks(lora_a_EDR))
+    hidden_GSM = _project(x_GSD, _join_ranks(lora_a_EDR))
     return _masked_output(hidden_GSM, routing, lora_b_ERF, x_GSD.dtype)
 
 
@@ -184,6 +185,17 @@ def _check_shapes(x_GSD, router_shape, lora_a_EDR, lora_b_ERF):
         lora_b_ERF.shape,
         f"({num_experts} experts, rank {rank}, features)",
     )
+
+
+def _project(x_GSD: jax.Array, kernel_DM: jax.Array, **options) -> jax.Array:
+    """Returns x_GSD @ kernel_DM, accumulated in float32.
+
+    Tokens are on one axis, since XLA's CPU backend transposes a copy of the whole cotangent for the
+    gradient of the kernel if two axes are summed over.
+    """
+    x_ND = x_GSD.reshape(-1, x_GSD.shape[-1])
+    y_NM = jnp.dot(x_ND, kernel_DM, preferred_element_type=jnp.float32, **options)
+    return y_NM.reshape(*x_GSD.shape[:-1], -1)
 
 
 def _dot(equation: str, *operands: jax.Array) -> jax.Array:
@@ -206,7 +218,7 @@ def _masked_output(
     hidden_GSER = hidden_GSM.reshape(num_groups, group_size, num_experts, rank)
     gated_GSM = (hidden_GSER * routing.gates_GSE[..., None]).reshape(hidden_GSM.shape)
     lora_b_MF = lora_b_ERF.reshape(joined_ranks, d_out)
-    return _dot("gsm,mf->gsf", gated_GSM.astype(dtype), lora_b_MF.astype(dtype)).astype(dtype)
+    return _project(gated_GSM.astype(dtype), lora_b_MF.astype(dtype)).astype(dtype)
 
 
 def _einsum_experts(x_GSD, routing, lora_a_EDR, lora_b_ERF):

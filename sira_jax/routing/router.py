@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from sira_jax.errors import check
-from sira_jax.routing.capacity import expert_capacity, queue_positions
+from sira_jax.routing.capacity import expert_capacity, queue_positions, within_capacity
 from sira_jax.routing.config import RoutingConfig
+
+# Up to this many experts are ranked by comparing them all, more by `top_k`.
+MAX_COMPARED_EXPERTS = 64
 
 
 @flax.struct.dataclass
@@ -56,17 +59,26 @@ def _drop(gates_GSE: jax.Array, rate: float, rng: jax.Array) -> jax.Array:
     return jnp.where(kept_GSE, gates_GSE / (1.0 - rate), 0.0)
 
 
-def _rank(scores_GSE: jax.Array) -> jax.Array:
+def _rank(scores_GSE: jax.Array, num_choices: int) -> jax.Array:
     """Returns each expert's rank in its row, int32 from 0 for the largest; ties to the lower index.
 
-    Counting the experts that come first yields ranks that are distinct whatever the ties. It is one
-    vectorised loop, where a sort is many times slower on CPU and gives the ranks only indirectly.
+    Ranks below `num_choices` are exact and distinct whatever the ties; others are at least that.
     """
-    index_E = jnp.arange(scores_GSE.shape[-1])
-    self_GSE1, other_GS1E = scores_GSE[..., :, None], scores_GSE[..., None, :]
-    is_lower_EE = index_E[None, :] < index_E[:, None]
-    comes_first_GSEE = (other_GS1E > self_GSE1) | ((other_GS1E == self_GSE1) & is_lower_EE)
-    return jnp.sum(comes_first_GSEE, axis=-1, dtype=jnp.int32)
+    num_experts = scores_GSE.shape[-1]
+    index_E = jnp.arange(num_experts)
+    if num_experts <= MAX_COMPARED_EXPERTS:
+        # Counting the experts that come first, E comparisons a gate, is one vectorised loop on CPU,
+        # 7 times faster than `top_k` for 16 experts; as one (S, E, E) array it would be stored.
+        rank_GSE = jnp.zeros(scores_GSE.shape, jnp.int32)
+        for other in range(num_experts):
+            other_GS1 = scores_GSE[..., other : other + 1]
+            is_tie_won_GSE = (other_GS1 == scores_GSE) & (other < index_E)
+            rank_GSE += (other_GS1 > scores_GSE) | is_tie_won_GSE
+        return rank_GSE
+    _, indices_GSK = jax.lax.top_k(scores_GSE, num_choices)
+    is_choice_GSKE = indices_GSK[..., None] == index_E
+    ranks_K1 = jnp.arange(num_choices)[:, None]
+    return num_choices + jnp.sum(is_choice_GSKE * (ranks_K1 - num_choices), axis=2)
 
 
 def route(
@@ -126,7 +138,7 @@ def route(
     gates_GSE = probs_GSE
     if rate > 0 and config.expert_dropout_position == "before_topk":
         gates_GSE = _drop(gates_GSE, rate, rng)
-    rank_GSE = _rank(jax.lax.stop_gradient(gates_GSE))
+    rank_GSE = _rank(jax.lax.stop_gradient(gates_GSE), num_choices)
     selected_GSE = (rank_GSE < num_choices) & valid_GS1
     gates_GSE = jnp.where(selected_GSE, gates_GSE, 0.0)
     if config.renormalize:
@@ -138,10 +150,8 @@ def route(
     # `!= 0` and not `> 0`: a gate that is not a number must show in the output, not vanish.
     queued_GSE = selected_GSE & (jax.lax.stop_gradient(gates_GSE) != 0)
     capacity = expert_capacity(logits_GSE.shape[1], config, deterministic=deterministic)
+    kept_GSE = within_capacity(rank_GSE, queued_GSE, num_choices, capacity)
     position_GSE = queue_positions(rank_GSE, queued_GSE, num_choices)
-    kept_GSE = queued_GSE
-    if capacity < logits_GSE.shape[1]:
-        kept_GSE = queued_GSE & (position_GSE < capacity)
 
     choices_K = jnp.arange(num_choices)[:, None]
     is_choice_GSKE = rank_GSE[:, :, None] == choices_K

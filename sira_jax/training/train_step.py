@@ -32,12 +32,13 @@ def step_rngs(seed: int, step: jax.Array | int, microbatch: jax.Array | int = 0)
 def token_losses(
     model: Decoder, params: Any, features_BTD: jax.Array, batch: Batch, chunk_size: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Weighted sums over target tokens of (cross-entropy in nats, 1 if the most likely token is right), float32.
+    """Weighted (cross-entropy in nats, 1 if the most likely token is right) of each position, float32 (B, T) each.
 
     With `chunk_size` > 0 the positions that carry a loss are moved to the front and their logits computed `chunk_size` at a
     time, so that prompts and padding cost no vocabulary product and the full (N, V) array is never held. The result is
     the same to rounding.
     """
+    shape = batch["decoder_target_tokens"].shape
     features_ND = features_BTD.reshape(-1, features_BTD.shape[-1])
     targets_N = batch["decoder_target_tokens"].reshape(-1)
     weights_N = batch["decoder_loss_weights"].reshape(-1).astype(jnp.float32)
@@ -46,26 +47,35 @@ def token_losses(
         logits = model.apply({"params": params}, features, method="logits")
         nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         right = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
-        return jnp.sum(nats * weights), jnp.sum(right * weights)
+        return nats * weights, right * weights
 
     if chunk_size == 0:
-        return losses(features_ND, targets_N, weights_N)
-    order = jnp.argsort(weights_N == 0, stable=True)
-    padding = -len(targets_N) % chunk_size
+        nats_N, right_N = losses(features_ND, targets_N, weights_N)
+        return nats_N.reshape(shape), right_N.reshape(shape)
+    count = targets_N.shape[0]
+    order_N = jnp.argsort(weights_N == 0, stable=True)
+    padding = -count % chunk_size
 
     def chunks(values):
-        values = jnp.pad(values[order], [(0, padding)] + [(0, 0)] * (values.ndim - 1))
+        values = jnp.pad(values[order_N], [(0, padding)] + [(0, 0)] * (values.ndim - 1))
         return values.reshape(-1, chunk_size, *values.shape[1:])
 
-    def add_chunk(sums, chunk):
+    def one_chunk(_, chunk):
         # Recomputing the logits in the backward pass costs one more product and saves holding them.
-        summed = jax.lax.cond(
-            jnp.any(chunk[2] != 0), jax.checkpoint(losses), lambda *_: (0.0, 0.0), *chunk
+        zeros = jnp.zeros(chunk_size, jnp.float32)
+        has_loss = jnp.any(chunk[2] != 0)
+        return None, jax.lax.cond(
+            has_loss, jax.checkpoint(losses), lambda *_: (zeros, zeros), *chunk
         )
-        return jax.tree.map(jnp.add, sums, summed), None
 
     parts = (chunks(features_ND), chunks(targets_N), chunks(weights_N))
-    return jax.lax.scan(add_chunk, (jnp.float32(0), jnp.float32(0)), parts)[0]
+    _, results = jax.lax.scan(one_chunk, None, parts)
+
+    def unchunk(values):
+        values_N = jnp.zeros(count, jnp.float32).at[order_N].set(values.reshape(-1)[:count])
+        return values_N.reshape(shape)
+
+    return unchunk(results[0]), unchunk(results[1])
 
 
 def auxiliary_loss(sown: Mapping[str, Any]) -> jax.Array:
@@ -130,7 +140,8 @@ def make_train_step(
             method="features",
             mutable=["losses", "metrics"],
         )
-        nats, right = token_losses(model, params, features_BTD, batch, loss_chunk_size)
+        nats_BT, right_BT = token_losses(model, params, features_BTD, batch, loss_chunk_size)
+        nats, right = jnp.sum(nats_BT), jnp.sum(right_BT)
         auxiliary = auxiliary_loss(sown.get("losses", {})) / accumulation_steps
         metrics = {
             "loss": nats / total_weight,

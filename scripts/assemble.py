@@ -1,0 +1,325 @@
+"""From a config to what runs it: the one place where tasks, checkpoints, models and training meet.
+
+`Plan` holds what can be known without loading weights or data, so that a script finds mistakes first.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+import tasks
+from sira_jax.checkpoints import BaseModel, fingerprint, load_base_model, read_base_model
+from sira_jax.errors import CheckpointError, ConfigError, check
+from sira_jax.models import Decoder
+from sira_jax.training import loop, partitioning
+from sira_jax.training.config import ExperimentConfig, make_experiment
+from sira_jax.training.decoding import generate
+from sira_jax.training.evaluate import LossEvaluator
+from sira_jax.training.logging import Progress
+from sira_jax.training.train_state import abstract_params, init_adapter, split_params
+from tasks import download, specs
+
+
+def read_experiment(config: ConfigDict | None, workdir: str | None) -> ExperimentConfig:
+    """The experiment of --config, or else the one that a run directory was made with.
+
+    Raises:
+      ConfigError: neither is there, or the config is wrong.
+    """
+    if config is not None:
+        return make_experiment(config.to_dict())
+    if not workdir:
+        raise ConfigError("--config=FILE or --workdir=DIR is needed")
+    path = Path(workdir) / loop.CONFIG_FILE
+    try:
+        return make_experiment(json.loads(path.read_text())["config"])
+    except FileNotFoundError:
+        raise ConfigError(f"--workdir={workdir}: has no {loop.CONFIG_FILE}; give --config") from None
+    except (json.JSONDecodeError, KeyError, TypeError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+
+
+def find_model(path: str) -> str:
+    """The file or folder of `model.path`, which may be a name that scripts/download_data.py knows.
+
+    Raises:
+      ConfigError: there is no such file or name, or the named model is not downloaded.
+    """
+    if path in download.PACKAGES:
+        package = download.PACKAGES[path]
+        folder = download.cache_root() / path
+        files = [name for name in package.members.values() if name.endswith(".gguf")]
+        check(bool(files), "model.path", path, "a model")
+        if not download.is_complete(folder, package):
+            raise ConfigError(
+                f"model.path={path!r} is not downloaded: run `python scripts/download_data.py {path}`"
+            )
+        return str(folder / files[0])
+    if not Path(path).exists():
+        known = [n for n, p in download.PACKAGES.items() if any(m.endswith("gguf") for m in p.members)]
+        raise ConfigError(
+            f"model.path={path!r} is not allowed: no such file or folder, and the known names are"
+            f" {', '.join(known)}"
+        )
+    return path
+
+
+class Plan:
+    """A checked experiment: names are known, sizes fit, but neither weights nor data are loaded.
+
+    Args:
+      experiment: the config.
+
+    Raises:
+      SiraError: what does not fit, naming the field.
+    """
+
+    def __init__(self, experiment: ExperimentConfig):
+        self.experiment = experiment
+        self.mesh = partitioning.make_mesh(experiment.mesh)
+        data, train = experiment.data, experiment.train
+        partitioning.check_batch(self.mesh, data.batch_size, train.accumulation_steps)
+        for name in data.tasks:
+            specs.members(name)
+        self.model_path = find_model(experiment.model.path)
+        options = dataclasses.asdict(experiment.model)
+        options.pop("path")
+        self.base = read_base_model(self.model_path, **options)
+        self.vocabulary = _make_vocabulary(data.vocabulary, self.base)
+        size = self.base.config.vocab_size
+        check(
+            self.vocabulary.vocab_size <= size,
+            "data.vocabulary",
+            data.vocabulary,
+            f"at most the model's {size} ids, it has {self.vocabulary.vocab_size}",
+        )
+        limit = self.base.config.max_positions
+        check(
+            data.sequence_length <= limit,
+            "data.sequence_length",
+            data.sequence_length,
+            f"at most the model's {limit} positions",
+        )
+        special = self.base.special
+        self.eos_ids = tuple(special.eos_ids)
+        if self.vocabulary.eos_id is not None and self.vocabulary.eos_id not in self.eos_ids:
+            self.eos_ids = (self.vocabulary.eos_id, *self.eos_ids)
+        # A chat template writes the beginning of the text itself.
+        self.bos_id = self.vocabulary.bos_id if data.template == "plain" else None
+        self.template = tasks.make_template(
+            data.template,
+            chat_template=self.base.chat_template,
+            bos_token=self._token_text(special.bos_id),
+            eos_token=self._token_text(self.vocabulary.eos_id),
+        )
+        abstract = self.abstract_adapter(self.model(0))
+        targets = experiment.adapter and experiment.adapter.targets
+        check(
+            experiment.adapter is None or bool(abstract),
+            "adapter.targets",
+            targets,
+            "patterns that match at least one projection of the model",
+        )
+
+    def _token_text(self, token_id: int | None) -> str:
+        return "" if token_id is None else self.vocabulary.id_to_text(token_id)
+
+    def model(self, num_tasks: int) -> Decoder:
+        """The decoder with the experiment's adapter; `num_tasks` turns on per-task router metrics."""
+        return Decoder(self.base.config, self.experiment.adapter, num_tasks)
+
+    def abstract_adapter(self, model: Decoder) -> Any:
+        """Shapes and shardings of the trained parameters."""
+        boxes = split_params(abstract_params(model))[0]
+        shardings = partitioning.param_shardings(boxes, self.mesh)
+        shapes = jax.eval_shape(lambda: init_adapter(model, 0))
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+        )
+
+    def load_base(self) -> BaseModel:
+        """The base with its parameters, placed on the mesh."""
+        plain = Decoder(self.base.config)
+        shardings = partitioning.param_shardings(abstract_params(plain), self.mesh)
+        by_path = {
+            tuple(entry.key for entry in path): sharding
+            for path, sharding in jax.tree_util.tree_leaves_with_path(shardings)
+        }
+        options = dataclasses.asdict(self.experiment.model)
+        options.pop("path")
+        return load_base_model(
+            self.model_path, **options, sharding_fn=lambda path, shape: by_path[path]
+        )
+
+    def load_tasks(self, split: str, limit: int = 0) -> tuple[list[tasks.TokenizedTask], list[float]]:
+        """All tasks of the experiment, tokenised, with their rates; `limit` examples each (0: all)."""
+        data = self.experiment.data
+        loaded: list[tasks.TokenizedTask] = []
+        rates: list[float] = []
+        for name in data.tasks:
+            members, member_rates = tasks.load_mixture(
+                name,
+                split,
+                self.vocabulary,
+                limit=limit or None,
+                template=self.template,
+                eos_id=self.vocabulary.eos_id,
+                mixing=data.rates,
+                temperature=data.temperature,
+            )
+            for member, rate in zip(members, member_rates, strict=True):
+                if member.name in [task.name for task in loaded]:
+                    raise ConfigError(f"data.tasks={data.tasks!r} is not allowed: {member.name} is in it twice")
+                loaded.append(member)
+                rates.append(rate)
+        return loaded, rates
+
+    def pipeline(
+        self, loaded: Sequence[tasks.TokenizedTask], rates: Sequence[float]
+    ) -> tasks.InputPipeline:
+        """The endless stream of training batches."""
+        data = self.experiment.data
+        return tasks.InputPipeline(
+            loaded,
+            rates,
+            batch_size=data.batch_size,
+            length=data.sequence_length,
+            seed=self.experiment.train.seed,
+            pack=data.pack,
+            too_long=data.too_long,
+            bos_id=self.bos_id,
+            pad_id=self.vocabulary.pad_id,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def loss_evaluator(
+        self, model: Decoder, frozen: Any, loaded: Sequence[tasks.TokenizedTask], prefix: str
+    ) -> LossEvaluator:
+        """Teacher-forced loss of `loaded`, whose order gives the task ids."""
+        data = self.experiment.data
+        batches = tasks.eval_batches(
+            loaded,
+            batch_size=data.batch_size,
+            length=data.sequence_length,
+            pack=data.pack,
+            too_long="error" if data.too_long == "error" else "truncate_inputs",
+            bos_id=self.bos_id,
+            pad_id=self.vocabulary.pad_id,
+        )
+        names = [task.name for task in loaded]
+        chunk = self.experiment.train.loss_chunk_size
+        return LossEvaluator(
+            model, frozen, list(batches), names, prefix=prefix, loss_chunk_size=chunk
+        )
+
+    def decode(
+        self, model: Decoder, params: Any, prompts: Sequence[Sequence[int]], description: str = ""
+    ) -> list[str]:
+        """Continues token prompts and returns the texts; shows a progress bar if there is a description."""
+        bar = Progress(len(prompts), description=description, unit="prompt") if description else None
+        bos = [] if self.bos_id is None else [self.bos_id]
+        ids = generate(
+            model,
+            params,
+            [[*bos, *map(int, prompt)] for prompt in prompts],
+            self.experiment.decode,
+            eos_ids=self.eos_ids,
+            pad_id=self.vocabulary.pad_id,
+            on_batch=(lambda count: bar.update(count=count)) if bar else None,
+        )
+        if bar:
+            bar.close()
+        return [self.vocabulary.decode(row) for row in ids]
+
+    def decode_tasks(
+        self, model: Decoder, params: Any, loaded: Sequence[tasks.TokenizedTask], description: str
+    ) -> tuple[dict[str, dict[str, float]], list[dict[str, str]]]:
+        """Decodes every example. Returns (task -> metric -> score, one record an example)."""
+        prompts = [prompt for task in loaded for prompt in task.inputs]
+        texts = iter(self.decode(model, params, prompts, description))
+        scores, records = {}, []
+        for task in loaded:
+            predictions = [next(texts).strip() for _ in task.inputs]
+            scores[task.name] = tasks.evaluate(task.metrics, predictions, task.examples)
+            for example, prediction in zip(task.examples, predictions, strict=True):
+                records.append(
+                    {
+                        "task": task.name,
+                        "input": example["inputs"],
+                        "target": example["targets"],
+                        "prediction": prediction,
+                    }
+                )
+        return scores, records
+
+
+def restore_adapter(plan: Plan, model: Decoder, frozen: Any, workdir: str, which: str) -> tuple[Any, int]:
+    """The adapter of a run directory and its step.
+
+    Args:
+      plan: the experiment's plan.
+      model: decoder with the adapter.
+      frozen: parameters of the base, whose fingerprint must be the run's.
+      workdir: run directory.
+      which: "best" (the newest where no evaluation was made), "latest", or a step.
+
+    Raises:
+      CheckpointError: there is none, it is damaged, or belongs to another base or another adapter.
+    """
+    experiment = plan.experiment
+    directory = Path(workdir) / loop.CHECKPOINTS
+    if not directory.is_dir():
+        raise CheckpointError(f"--workdir={workdir}: has no checkpoints")
+    checkpointer = loop.make_checkpointer(Path(workdir), experiment)
+    try:
+        steps = checkpointer.all_steps()
+        if not steps:
+            raise CheckpointError(f"{directory}: has no whole checkpoint")
+        if which in ("best", "latest"):
+            best = checkpointer.best_step() if which == "best" else None
+            step = best if best is not None else steps[-1]
+        else:
+            check(
+                which.isdigit() and int(which) in steps,
+                "--checkpoint",
+                which,
+                f"best, latest or one of the steps {', '.join(map(str, steps))}",
+            )
+            step = int(which)
+        where = checkpointer.path(step)
+        meta = checkpointer.restore_meta(step)
+        saved = {"adapter": meta["config"]["adapter"]}
+        wanted = {"adapter": experiment.to_dict()["adapter"]}
+        loop.check_resumable(saved, wanted, where)
+        loop.check_base(meta, fingerprint(frozen), where)
+        return checkpointer.restore_adapter(step, plan.abstract_adapter(model)), step
+    finally:
+        checkpointer.close()
+
+
+def mean_scores(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The mean over tasks of each metric, over those tasks that have it."""
+    names = sorted({name for task in scores.values() for name in task})
+    means = {}
+    for name in names:
+        values = [task[name] for task in scores.values() if name in task]
+        means[name] = sum(values) / len(values)
+    return means
+
+
+def _make_vocabulary(spec: str, base: BaseModel) -> tasks.vocabularies.Vocabulary:
+    if spec != "model":
+        return tasks.make_vocabulary(spec)
+    base.tokenizer()  # Raises where the model has none, with the reason.
+    special = base.special
+    eos_id = special.eos_ids[0] if special.eos_ids else None
+    pad_id = special.pad_id if special.pad_id is not None else (eos_id or 0)
+    return tasks.vocabularies.TokenizersVocabulary(
+        base.tokenizer_json, eos_id=eos_id, bos_id=special.bos_id, pad_id=pad_id
+    )

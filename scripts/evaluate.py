@@ -1,0 +1,88 @@
+"""Evaluates a run, or the frozen model, by decoding held-out examples.
+
+  python scripts/evaluate.py --workdir=runs/cldr_sira
+  python scripts/evaluate.py --config=configs/experiments/cldr_sira.py --checkpoint=none --workdir=runs/frozen
+
+Prints each task's metrics and their mean. The run directory gets evaluation_SPLIT.json, predictions_SPLIT.jsonl and, for
+methods with routers, router_SPLIT.json: expert load and gate entropy per layer and per task.
+"""
+
+import json
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from scripts import assemble
+from scripts.cli import run_main
+from sira_jax.models import Decoder
+from sira_jax.training.train_state import merge_params, split_params
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The experiment; default: the run directory's own."
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "best", "best, latest, a step, or none for the frozen model."
+)
+
+
+def main(argv: list[str]) -> None:
+    """Evaluates and writes the results."""
+    del argv
+    plan = assemble.Plan(assemble.read_experiment(CONFIG.value, WORKDIR.value))
+    results = evaluate(plan, WORKDIR.value, CHECKPOINT.value)
+    print(format_scores(results))
+
+
+def evaluate(plan: assemble.Plan, workdir: str | None, checkpoint: str) -> dict:
+    """Loss, decoded metrics and the router report; see the module's text for the files it writes."""
+    evaluation = plan.experiment.evaluate
+    loaded, _ = plan.load_tasks(evaluation.split, evaluation.examples_per_task)
+    base = plan.load_base()
+    frozen = split_params(base.params)[1]
+    adapter, step = {}, None
+    model = Decoder(plan.base.config)
+    if checkpoint != "none" and plan.experiment.adapter is not None:
+        model = plan.model(len(loaded))
+        adapter, step = assemble.restore_adapter(plan, model, frozen, workdir or "", checkpoint)
+    losses, report = plan.loss_evaluator(model, frozen, loaded, evaluation.split).run(adapter)
+    scores, records = plan.decode_tasks(model, merge_params(adapter, frozen), loaded, "decode")
+    results = {
+        "checkpoint": step if step is not None else "none",
+        "split": evaluation.split,
+        "examples": {task.name: len(task) for task in loaded},
+        "losses": losses,
+        "scores": scores,
+        "mean": assemble.mean_scores(scores),
+    }
+    if workdir:
+        directory = Path(workdir)
+        directory.mkdir(parents=True, exist_ok=True)
+        split = evaluation.split
+        (directory / f"evaluation_{split}.json").write_text(json.dumps(results, indent=1))
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        (directory / f"predictions_{split}.jsonl").write_text("".join(lines))
+        if report:
+            (directory / f"router_{split}.json").write_text(json.dumps(report))
+    return results
+
+
+def format_scores(results: dict) -> str:
+    """A table: a row a task, a column a metric; percentages but for chrF, which counts to 100 itself."""
+    scores = results["scores"]
+    metrics = sorted({name for task in scores.values() for name in task})
+    rows = [*scores.items(), ("mean", results["mean"])]
+    width = max(len(name) for name, _ in rows)
+    lines = [" ".join([f"{'task':{width}}", f"{'examples':>9}", *(f"{m:>12}" for m in metrics)])]
+    for name, values in rows:
+        examples = results["examples"].get(name, sum(results["examples"].values()))
+        cells = [f"{values[m]:12.3f}" if m in values else f"{'':12}" for m in metrics]
+        lines.append(" ".join([f"{name:{width}}", f"{examples:9d}", *cells]))
+    split = results["split"]
+    lines.append(f"loss {results['losses'][f'{split}/loss']:.4f} nats a target token")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,78 @@
+"""Fine-tunes an adapter on a frozen language model.
+
+  python scripts/train.py --config=configs/experiments/cldr_sira.py --workdir=runs/cldr_sira
+  python scripts/train.py --config=... --workdir=... --config.adapter.rank=8 --config.train.num_steps=500
+
+The run directory gets config.json, metrics.jsonl, tensorboard/, router.json and checkpoints/. Run the same command again to go
+on after a stop of any kind; the result is that of an unbroken run. SIGTERM and Ctrl-C save first.
+"""
+
+import json
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from scripts import assemble
+from scripts.cli import run_main
+from sira_jax.errors import ConfigError
+from sira_jax.training import loop
+from sira_jax.training.train_state import count, split_params
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a Python file in configs/.")
+WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
+TENSORBOARD = flags.DEFINE_bool("tensorboard", True, "Write TensorBoard event files.")
+
+
+def main(argv: list[str]) -> int:
+    """Trains; returns the exit status."""
+    del argv
+    if not WORKDIR.value:
+        raise ConfigError("--workdir=DIR is needed")
+    experiment = assemble.read_experiment(CONFIG.value, WORKDIR.value)
+    if experiment.adapter is None:
+        raise ConfigError("adapter.method='none' is not allowed: there is nothing to train")
+    plan = assemble.Plan(experiment)
+    outcome = train(plan, Path(WORKDIR.value), tensorboard=TENSORBOARD.value)
+    if outcome != "done":
+        print(f"stopped by {outcome} after saving; the same command goes on from there")
+    return 0
+
+
+def train(plan: assemble.Plan, workdir: Path, *, tensorboard: bool = True) -> str:
+    """Runs or resumes the plan's experiment in `workdir`; returns what `Trainer.run` returns."""
+    experiment = plan.experiment
+    loaded, rates = plan.load_tasks("train")
+    held_out, _ = plan.load_tasks("validation", experiment.evaluate.loss_examples_per_task)
+    pipeline = plan.pipeline(loaded, rates)
+    for report in pipeline.reports:
+        if report.truncated or report.dropped:
+            print(report)
+    base = plan.load_base()
+    frozen = split_params(base.params)[1]
+    model = plan.model(len(loaded))
+    evaluator = plan.loss_evaluator(model, frozen, held_out, "validation")
+    trainer = loop.Trainer(
+        experiment,
+        model,
+        frozen,
+        pipeline,
+        workdir,
+        plan.mesh,
+        evaluate=evaluator,
+        tensorboard=tensorboard,
+    )
+    trained, total = count(trainer.state.adapter), count(frozen)
+    print(
+        f"{experiment.adapter.method}: {trained:,} trained parameters, {trained / total:.2%} of the"
+        f" base's {total:,}; {len(loaded)} tasks, {sum(map(len, loaded)):,} examples"
+    )
+    outcome = trainer.run()
+    _, report = evaluator.run(trainer.state.adapter)
+    if report:
+        (workdir / "router.json").write_text(json.dumps(report))
+    return outcome
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,106 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard (through clu) and a progress bar."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends lines {"step": ..., name: value, ...} to metrics.jsonl and the same to TensorBoard.
+
+    A line is written by one `write` of the operating system, so that a kill leaves at most one torn line, the last.
+
+    Args:
+      directory: the run directory; it exists.
+      start_step: step that training starts from. Later lines of an earlier attempt are removed, since their steps are run
+        again; lines torn by a kill are removed too.
+      tensorboard: also write TensorBoard event files (imports TensorFlow).
+    """
+
+    def __init__(self, directory: Path, *, start_step: int = 0, tensorboard: bool = True):
+        self._path = Path(directory) / METRICS_FILE
+        if self._path.exists():
+            kept = [line for line in read_metrics(directory) if line["step"] <= start_step]
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            part = self._path.with_suffix(".part")
+            part.write_text(text)
+            os.replace(part, self._path)
+        self._writer = None
+        if tensorboard:
+            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+            from clu import metric_writers  # Imports TensorFlow: only where it is used.
+
+            self._writer = metric_writers.SummaryWriter(str(Path(directory) / "tensorboard"))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs scalars. Values that are no finite number are written as null, which JSON has."""
+        values = {name: float(value) for name, value in values.items()}
+        shown = {name: v if math.isfinite(v) else None for name, v in values.items()}
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step} | shown) + "\n")
+        if self._writer:
+            self._writer.write_scalars(step, values)
+
+    def close(self) -> None:
+        """Flushes TensorBoard's files."""
+        if self._writer:
+            self._writer.flush()
+            self._writer.close()
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a torn last line, which a kill can leave, is left out."""
+    lines = []
+    for line in (Path(directory) / METRICS_FILE).read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+class Progress:
+    """A bar with loss, tokens a second and the time left, on standard error.
+
+    Where standard error is no terminal, a line every 30 seconds instead of a redrawn one.
+    """
+
+    def __init__(self, total: int, *, initial: int = 0, description: str = "", unit: str = "step"):
+        interval = 0.5 if sys.stderr.isatty() else 30.0
+        self._bar = tqdm(
+            total=total,
+            initial=initial,
+            desc=description,
+            unit=unit,
+            mininterval=interval,
+            maxinterval=interval,
+            dynamic_ncols=True,
+            file=sys.stderr,
+            # The bar's own time left, from the mean speed, which an uneven step does not shake.
+            smoothing=0.05,
+        )
+        self._tokens, self._since = 0.0, time.perf_counter()
+
+    def update(self, loss: float | None = None, tokens: float = 0.0, count: int = 1) -> None:
+        """Moves on by `count`, having seen `tokens` tokens."""
+        self._tokens += tokens
+        shown = {}
+        if loss is not None:
+            shown["loss"] = f"{loss:.3f}"
+        if self._tokens:
+            shown["tokens/s"] = f"{self._tokens / (time.perf_counter() - self._since):.0f}"
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(count)
+
+    def close(self) -> None:
+        """Leaves the bar as it is and ends its line."""
+        self._bar.close()

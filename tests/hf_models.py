@@ -1,0 +1,121 @@
+"""Small Hugging Face models made by rule, written without the code under test."""
+
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+TINY_LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+TINY_QWEN2 = {
+    **TINY_LLAMA,
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-6,
+    "use_sliding_window": False,
+    "sliding_window": 32,
+}
+
+
+def tensor_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every tensor of a checkpoint, from the fields of its config.json."""
+    d, f, v = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    hd = config.get("head_dim") or d // config["num_attention_heads"]
+    q, kv = config["num_attention_heads"] * hd, config["num_key_value_heads"] * hd
+    shapes = {"model.embed_tokens.weight": (v, d)}
+    for layer in range(config["num_hidden_layers"]):
+        block = f"model.layers.{layer}."
+        shapes |= {
+            block + "input_layernorm.weight": (d,),
+            block + "self_attn.q_proj.weight": (q, d),
+            block + "self_attn.k_proj.weight": (kv, d),
+            block + "self_attn.v_proj.weight": (kv, d),
+            block + "self_attn.o_proj.weight": (d, q),
+            block + "post_attention_layernorm.weight": (d,),
+            block + "mlp.gate_proj.weight": (f, d),
+            block + "mlp.up_proj.weight": (f, d),
+            block + "mlp.down_proj.weight": (d, f),
+        }
+        if config["model_type"] == "qwen2":
+            shapes |= {
+                block + "self_attn.q_proj.bias": (q,),
+                block + "self_attn.k_proj.bias": (kv,),
+                block + "self_attn.v_proj.bias": (kv,),
+            }
+    shapes["model.norm.weight"] = (d,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (v, d)
+    return shapes
+
+
+def weights_by_rule(config: Mapping) -> dict[str, np.ndarray]:
+    """Returns the same float32 weights everywhere: they follow from the tensors' names and shapes.
+
+    Element i of tensor `name` is the finaliser of MurmurHash3 of i + crc32(name), mapped to
+    (-1, 1), times sqrt(3 / columns) in matrices; norms are 1 + 0.2 of it, biases 0.5 of it.
+    """
+    weights = {}
+    for name, shape in tensor_shapes(config).items():
+        x = np.arange(math.prod(shape), dtype=np.uint32) + np.uint32(zlib.crc32(name.encode()))
+        x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+        x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+        x = x ^ (x >> 16)
+        unit = x.astype(np.float64) / 2**31 - 1
+        if name.endswith("norm.weight"):
+            unit = 1 + 0.2 * unit
+        elif name.endswith("bias"):
+            unit = 0.5 * unit
+        else:
+            unit = unit * math.sqrt(3 / shape[-1])
+        weights[name] = unit.astype(np.float32).reshape(shape)
+    return weights
+
+
+def write_folder(
+    path: Path, config: Mapping, weights: Mapping[str, np.ndarray], num_shards: int = 1
+) -> Path:
+    """Writes config.json and the weights with the safetensors library; returns `path`."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config))
+    if num_shards == 1:
+        save_file(dict(weights), path / "model.safetensors")
+        return path
+    names = list(weights)
+    weight_map = {}
+    for shard in range(num_shards):
+        file_name = f"model-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
+        part = {name: weights[name] for name in names[shard::num_shards]}
+        save_file(part, path / file_name)
+        weight_map |= dict.fromkeys(part, file_name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return path
+
+
+def stacked(weights: Mapping[str, np.ndarray], suffix: str) -> np.ndarray:
+    """Returns all layers' matrices (L, in, out) or vectors (L, out), as the decoder has them."""
+    layers = sorted(
+        (name for name in weights if name.endswith(f".{suffix}")),
+        key=lambda name: int(name.split(".")[2]),
+    )
+    return np.stack([weights[name].T for name in layers])
