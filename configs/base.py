@@ -30,8 +30,8 @@ def section(dataclass_type: type, **changes) -> ConfigDict:
 
 
 def adapter_section(config_type: type, **changes) -> ConfigDict:
-    """The section of an adapter method, with `method` and `overrides` (pattern -> fields)."""
-    return section(config_type, **{"method": config_type.method, "overrides": {}, **changes})
+    """The section of an adapter method: its fields and `method`."""
+    return section(config_type, method=config_type.method, **changes)
 
 
 def get_config() -> ConfigDict:

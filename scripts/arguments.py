@@ -25,7 +25,6 @@ class Parser(argparse.ArgumentParser):
 
 def at_least_one(text: str) -> int:
     """The type of a count."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)

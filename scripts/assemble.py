@@ -84,8 +84,15 @@ class Plan:
         self.mesh = partitioning.make_mesh(experiment.mesh)
         data, train = experiment.data, experiment.train
         partitioning.check_batch(self.mesh, data.batch_size, train.accumulation_steps)
-        for name in data.tasks:
-            specs.members(name)
+        members = [task.name for name in data.tasks for task in specs.members(name)[0]]
+        measured = [f"validation/{metric}" for metric in ("loss", "accuracy")]
+        by_task = [f"{metric}/{task}" for metric in measured for task in members]
+        check(
+            train.keep_best in ("", *measured, *(by_task if len(members) > 1 else ())),
+            "train.keep_best",
+            train.keep_best,
+            f"empty, or {' or '.join(measured)}, with /TASK for one of several tasks",
+        )
         self.model_path = find_model(experiment.model.path)
         options = dataclasses.asdict(experiment.model)
         options.pop("path")

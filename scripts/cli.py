@@ -1,6 +1,7 @@
 """What the scripts' command lines share: errors of the user in one line, readable --help, config flags."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,8 @@ def run_main(main: Callable[[list[str]], Any], argv: list[str] | None = None) ->
     A SiraError, or a mistake in the flags, prints one line `error: ...` on standard error and exits with status 2.
     Whatever else is raised is a defect and keeps its stack trace. The integer `main` returns is the exit status.
     """
+    # Output piped into `head` ends the script quietly, as it does any other command.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     absl_logging.set_verbosity(absl_logging.ERROR)
 
@@ -74,4 +77,5 @@ def _print_help(argv: list[str]) -> None:
     print(f"\nFields of {config}, set by --config.SECTION.FIELD=VALUE:")
     for section, fields in flags.FLAGS.config.items():
         for name, value in fields.items():
-            print(f"  {section}.{name} = {value!r}")
+            shown = value.to_dict() if hasattr(value, "to_dict") else value
+            print(f"  {section}.{name} = {shown!r}")

@@ -1,6 +1,6 @@
 """Generates text, with a trained adapter or without.
 
-  python scripts/generate.py --workdir=runs/cldr_sira --prompt="Write the date 2031-07-09 in full in Swahili."
+  python scripts/generate.py --workdir=runs/cldr_sira --prompt="Write the date Wed 2031-07-09 in full in Swahili."
   python scripts/generate.py --workdir=runs/cldr_sira --file=prompts.txt > answers.txt
   python scripts/generate.py --workdir=runs/cldr_sira                       (asks for prompts)
   python scripts/generate.py --config=configs/experiments/cldr_sira.py --checkpoint=none --prompt="..."

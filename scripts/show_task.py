@@ -153,7 +153,7 @@ def _print_batch(args, loaded: Sequence[TokenizedTask], vocabulary: Vocabulary) 
 
 @contextlib.contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """Hides what TensorFlow's C++ side logs while it loads; it heeds no setting yet at that point."""
+    """Hides what TensorFlow's C++ side logs while it loads, before it heeds any setting."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "wb") as sink:
@@ -169,7 +169,7 @@ def _print_seqio(args) -> None:
     with _quiet_stderr():
         bind = tasks.bind
     provider = bind(args.name, args.vocabulary, template=make_template(args.template))
-    dataset = provider.get_dataset(None, args.split, shuffle=False)
+    dataset = provider.get_dataset(None, args.split, shuffle=False, try_in_mem_cache=False)
     for index, example in enumerate(dataset.take(args.num).as_numpy_iterator()):
         print(f"\nseqio example {index}")
         for field, value in example.items():

@@ -8,6 +8,8 @@ on after a stop of any kind; the result is that of an unbroken run. SIGTERM and 
 """
 
 import json
+import resource
+import statistics
 from pathlib import Path
 
 from absl import flags
@@ -17,11 +19,14 @@ from scripts import assemble
 from scripts.cli import run_main
 from sira_jax.errors import ConfigError
 from sira_jax.training import loop
+from sira_jax.training.logging import read_metrics
 from sira_jax.training.train_state import count, split_params
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a Python file in configs/.")
 WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
 TENSORBOARD = flags.DEFINE_bool("tensorboard", True, "Write TensorBoard event files.")
+
+SUMMARY_FILE = "summary.json"
 
 
 def main(argv: list[str]) -> int:
@@ -67,11 +72,34 @@ def train(plan: assemble.Plan, workdir: Path, *, tensorboard: bool = True) -> st
         f"{experiment.adapter.method}: {trained:,} trained parameters, {trained / total:.2%} of the"
         f" base's {total:,}; {len(loaded)} tasks, {sum(map(len, loaded)):,} examples"
     )
+    resumed_at_end = trainer.latest_step() == experiment.train.num_steps
     outcome = trainer.run()
-    _, report = evaluator.run(trainer.state.adapter)
-    if report:
-        (workdir / "router.json").write_text(json.dumps(report))
+    if outcome == "done" and not (resumed_at_end and (workdir / SUMMARY_FILE).exists()):
+        _write_summary(plan, workdir, trained, total)
+        _, report = evaluator.run(trainer.state.adapter)
+        if report:
+            (workdir / "router.json").write_text(json.dumps(report))
     return outcome
+
+
+def _write_summary(plan: assemble.Plan, workdir: Path, trained: int, total: int) -> None:
+    """Writes summary.json: sizes, median time of a step and this process's peak memory."""
+    lines = [line for line in read_metrics(workdir) if "train/tokens" in line]
+    seconds = [line["speed/seconds_per_step"] for line in lines if "speed/seconds_per_step" in line]
+    train_config = plan.experiment.train
+    summary = {
+        "method": plan.experiment.adapter.method,
+        "trained_parameters": trained,
+        "base_parameters": total,
+        "steps": train_config.num_steps,
+        "batch_size": plan.experiment.data.batch_size,
+        "sequence_length": plan.experiment.data.sequence_length,
+        "tokens": train_config.num_steps * statistics.fmean(line["train/tokens"] for line in lines),
+        # The first line's time holds the compilation.
+        "seconds_per_step": statistics.median(seconds[1:] or seconds),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    (workdir / SUMMARY_FILE).write_text(json.dumps(summary, indent=1))
 
 
 if __name__ == "__main__":

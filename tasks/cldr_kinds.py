@@ -20,7 +20,7 @@ from typing import Any
 from babel import Locale, dates, localedata, numbers, units
 
 _UNIT_NAMES = """
-acceleration-g-force angle-degree area-acre area-hectare area-square-centimeter
+angle-degree area-acre area-hectare area-square-centimeter
 area-square-kilometer area-square-meter area-square-mile digital-bit digital-byte
 digital-gigabyte digital-kilobyte digital-megabyte digital-terabyte duration-century
 duration-day duration-hour duration-millisecond duration-minute duration-month duration-second
@@ -28,7 +28,7 @@ duration-week duration-year electric-ampere electric-ohm electric-volt energy-ca
 energy-joule energy-kilocalorie energy-kilojoule energy-kilowatt-hour frequency-hertz
 frequency-kilohertz frequency-megahertz length-centimeter length-foot length-inch
 length-kilometer length-light-year length-meter length-micrometer length-mile length-millimeter
-length-nautical-mile length-yard light-lux mass-carat mass-gram mass-kilogram mass-microgram
+length-nautical-mile length-yard mass-carat mass-gram mass-kilogram mass-microgram
 mass-milligram mass-ounce mass-pound mass-ton mass-tonne power-horsepower power-kilowatt
 power-megawatt power-watt pressure-hectopascal speed-kilometer-per-hour speed-knot
 speed-meter-per-second speed-mile-per-hour temperature-celsius temperature-fahrenheit
@@ -44,6 +44,7 @@ _UNIT_VALUES = (
     *map(Decimal, ("0.5", "0.25", "1.25", "2.75", "3.2", "4.8", "7.1", "12.75", "33.3", "66.6")),
 )
 _RELATIVE_SECONDS: Mapping[str, int] = dict(dates.TIMEDELTA_UNITS)
+_WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _RELATIVE_COUNTS = tuple(range(1, 251))
 _NUM_NUMBERS = 6000
 _MAGNITUDES = range(4, 12)
@@ -123,7 +124,8 @@ def _date_values() -> Iterable[Value]:
     first, end = datetime.date(1950, 1, 1).toordinal(), datetime.date(2050, 1, 1).toordinal()
     for ordinal in range(first, end):
         date = datetime.date.fromordinal(ordinal)
-        yield Value(date.isoformat(), "names", date)
+        # With its weekday: to write a date is the task, to work out a calendar is another.
+        yield Value(f"{_WEEKDAYS[date.weekday()]} {date.isoformat()}", "names", date)
 
 
 def _has_names(locale: Locale, item: str) -> bool:

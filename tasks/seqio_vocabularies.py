@@ -77,8 +77,10 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
         return self._native.decode(ids)
 
     def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
-        def encode(data: bytes) -> np.ndarray:
-            return np.asarray(self._native.encode(data.decode("utf-8")), np.int32)
+        def encode(data: bytes | np.ndarray) -> np.ndarray:
+            # Bytes in a graph, an array of one object when run eagerly.
+            text = np.asarray(data, object).item().decode("utf-8")
+            return np.asarray(self._native.encode(text), np.int32)
 
         ids = tf.numpy_function(encode, [s], tf.int32, stateful=False)
         ids.set_shape([None])

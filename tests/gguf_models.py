@@ -116,7 +116,7 @@ def byte_level_alphabet() -> list[str]:
 
 
 def tokenizer_fields(pre: str, **changes: object) -> dict[str, object]:
-    """Fields of a byte-level BPE: three control tokens, bytes, some merges, a user-defined token."""
+    """Fields of a byte-level BPE: three control tokens, bytes, merges, a user-defined token."""
     merges = ["h e", "l l", "he ll", "hell o", "Ġ w", "o r", "Ġw or", "1 2", "12 3", "Ġ 1"]
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *byte_level_alphabet()]
     tokens += [merge.replace(" ", "") for merge in merges] + ["<tool>"]

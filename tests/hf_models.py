@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -34,6 +35,14 @@ TINY_QWEN2 = {
     "rms_norm_eps": 1e-6,
     "use_sliding_window": False,
     "sliding_window": 32,
+}
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
 }
 
 
@@ -119,3 +128,12 @@ def stacked(weights: Mapping[str, np.ndarray], suffix: str) -> np.ndarray:
         key=lambda name: int(name.split(".")[2]),
     )
     return np.stack([weights[name].T for name in layers])
+
+
+def assert_same_params(found: Mapping, expected: Mapping) -> None:
+    """Asserts that two parameter trees have the same paths and, exactly, the same values."""
+    found_leaves = jax.tree_util.tree_leaves_with_path(found)
+    expected_leaves = jax.tree_util.tree_leaves_with_path(expected)
+    assert [path for path, _ in found_leaves] == [path for path, _ in expected_leaves]
+    for (path, leaf), (_, other) in zip(found_leaves, expected_leaves, strict=True):
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(other), err_msg=str(path))

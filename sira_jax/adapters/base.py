@@ -4,6 +4,7 @@ Axis letters: B batch, T length, D features in, F features out, E experts, R ran
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -55,8 +56,9 @@ class AdapterConfig:
       dropout_rate: dropout on the input of the low-rank pair, in training.
       targets: projections that carry an adapter: names out of q, k, v, o, gate, up, down, or regular expressions that match a
         whole name or a whole path ("attention/q", "mlp/(gate|up)"). A single string is one such pattern.
-      overrides: pattern -> fields that differ on the projections it matches, for example {"down": {"rank": 8}}. Later
-        entries win. Held as nested tuples so that the config stays hashable.
+      overrides: pairs of a pattern and the fields that differ on the projections it matches, for example
+        (("down", {"rank": 8}),); a mapping is taken too. Later pairs win. Held as nested tuples, so that the config stays
+        hashable.
     """
 
     method: ClassVar[str] = ""
@@ -69,6 +71,12 @@ class AdapterConfig:
 
     def __post_init__(self):
         name = "adapter"
+        check(
+            isinstance(self.targets, str | list | tuple),
+            f"{name}.targets",
+            self.targets,
+            "projection names or regular expressions",
+        )
         targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
         object.__setattr__(self, "targets", targets)
         is_int = isinstance(self.rank, int) and not isinstance(self.rank, bool)
@@ -104,7 +112,8 @@ class AdapterConfig:
         """All fields with the method's name, as plain data; `registry.make_config` reads it back."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields["targets"] = list(self.targets)
-        fields["overrides"] = {pattern: dict(override) for pattern, override in self.overrides}
+        # Pairs, since their order counts and JSON writers may sort a mapping.
+        fields["overrides"] = [[pattern, dict(override)] for pattern, override in self.overrides]
         return {"method": self.method} | fields
 
     # What a method implements.
@@ -127,7 +136,8 @@ class AdapterConfig:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
 
 
 def _check_pattern(field: str, pattern: object) -> None:
@@ -145,12 +155,23 @@ def _matches(pattern: str, path: str) -> bool:
 
 def _freeze_overrides(config: AdapterConfig, overrides: Any) -> tuple:
     """Nested tuples from a mapping, after checking that every override gives a valid config."""
-    if isinstance(overrides, Mapping):
-        overrides = tuple((pattern, fields) for pattern, fields in overrides.items())
+    pairs = tuple(overrides.items()) if isinstance(overrides, Mapping) else overrides
+    are_pairs = isinstance(pairs, list | tuple) and all(
+        isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs
+    )
+    check(are_pairs, "adapter.overrides", overrides, "pairs of a pattern and its fields")
     known = {f.name for f in dataclasses.fields(config)} - {"targets", "overrides"}
     frozen = []
-    for pattern, fields in overrides:
+    for pattern, fields in pairs:
         _check_pattern("adapter.overrides", pattern)
+        # A frozen config's overrides come back as nested tuples.
+        is_frozen = isinstance(fields, tuple) and all(isinstance(item, tuple) for item in fields)
+        check(
+            isinstance(fields, Mapping) or is_frozen,
+            f"adapter.overrides[{pattern!r}]",
+            fields,
+            "a mapping of fields",
+        )
         fields = dict(fields)
         unknown = sorted(set(fields) - known)
         check(

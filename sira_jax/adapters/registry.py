@@ -24,11 +24,13 @@ def make_config(fields: Mapping[str, Any]) -> AdapterConfig | None:
     Raises:
       ConfigError: on an unknown method, an unknown field, or a value out of range, naming it.
     """
+    check(isinstance(fields, Mapping), "adapter", fields, "a mapping of fields")
     fields = dict(fields)
     method = fields.pop("method", None)
     if method == "none":
         return None
-    check(method in METHODS, "adapter.method", method, f"one of none, {', '.join(sorted(METHODS))}")
+    known_method = isinstance(method, str) and method in METHODS
+    check(known_method, "adapter.method", method, f"one of none, {', '.join(sorted(METHODS))}")
     config_class = METHODS[method]
     known = {field.name for field in dataclasses.fields(config_class)}
     for name in fields:

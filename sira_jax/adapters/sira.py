@@ -27,6 +27,7 @@ class SiRAConfig(AdapterConfig, routing.RoutingConfig):
     """Fields of SiRA: those of AdapterConfig and of RoutingConfig (which carries the marks [P], [S], [C])."""
 
     method: ClassVar[str] = "sira"
+    config_section: ClassVar[str] = "adapter"
 
     def __post_init__(self):
         routing.RoutingConfig.__post_init__(self)

@@ -23,6 +23,7 @@ from sira_jax.checkpoints.safetensors import (
     WEIGHTS,
     SafetensorsFolder,
     TensorToWrite,
+    parse_json,
     read_json,
     write_atomically,
     write_safetensors,
@@ -143,8 +144,11 @@ def _is_gguf(path: str) -> bool:
         return False
     if not os.path.exists(path):
         raise ModelFileError(f"{path}: no such file or folder")
-    with open(path, "rb") as file:
-        magic = file.read(len(MAGIC))
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(len(MAGIC))
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot be opened ({error.strerror})") from None
     if magic != MAGIC and not path.lower().endswith(".gguf"):
         raise ModelFileError(
             f"{path}: neither a GGUF file nor a folder; of a Hugging Face model, give the folder"
@@ -172,11 +176,15 @@ def _describe_gguf(source: GGUFSource, params: dict) -> BaseModel:
 
 
 def _describe_folder(path: str, config: DecoderConfig, params: dict) -> BaseModel:
+    tokenizer_path = os.path.join(path, _TOKENIZER)
     text, error = _read_text(path, _TOKENIZER), None
     if text is None:
-        error = f"{os.path.join(path, _TOKENIZER)}: no such file"
-    elif not _is_json(text):
-        text, error = None, f"{os.path.join(path, _TOKENIZER)}: not valid JSON"
+        error = f"{tokenizer_path}: no such file"
+    else:
+        try:
+            parse_json(tokenizer_path, text)
+        except ModelFileError as reason:
+            text, error = None, str(reason)  # raised when the tokenizer is asked for
     return BaseModel(
         config=config,
         params=params,
@@ -197,13 +205,6 @@ def _read_text(path: str, name: str) -> str | None:
             return file.read()
     except UnicodeDecodeError:
         raise ModelFileError(f"{file_path}: not UTF-8 text") from None
-
-
-def _is_json(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), dict)
-    except json.JSONDecodeError:
-        return False
 
 
 def _read_optional_json(path: str, name: str) -> dict:

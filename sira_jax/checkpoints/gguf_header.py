@@ -146,7 +146,7 @@ class _Reader:
         if item_kind == GGUFValueType.STRING:
             return [self.string() for _ in range(self.count(length, 8))]
         if item_kind == GGUFValueType.ARRAY:
-            return [self.value(GGUFValueType.ARRAY) for _ in range(self.count(length, 12))]
+            raise ModelFileError(f"{self.path}: metadata with lists of lists is not supported")
         dtype = _SCALARS[item_kind]
         return np.frombuffer(self.bytes(length * dtype.itemsize), dtype).tolist()
 

@@ -124,6 +124,10 @@ def check_tensors(source: TensorSource, config: DecoderConfig) -> None:
     `rotary_emb.inv_freq` buffers of old checkpoints are passed over, and so is an `lm_head.weight`
     beside tied embeddings.
     """
+    if config.num_layers > len(source.shapes):  # also keeps absurd counts from being listed
+        raise ModelFileError(
+            f"{source.path}: {len(source.shapes)} tensors cannot make {config.num_layers} layers"
+        )
     expected = {name: leaf.tensor_shape for leaf in leaves(config) for name in leaf.names}
     optional = {}
     if config.tie_embeddings:

@@ -84,14 +84,23 @@ def read_json(path: str) -> dict:
     object.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
+        with open(path, "rb") as file:
+            text = file.read()
     except FileNotFoundError:
         raise ModelFileError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelFileError(f"{path}: not valid JSON ({error})") from None
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot be opened ({error.strerror})") from None
+    return parse_json(path, text)
+
+
+def parse_json(what: str, text: str | bytes) -> dict:
+    """Returns the JSON object in a text; `what` names it in the ModelFileError if it is none."""
+    try:
+        content = json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ModelFileError(f"{what}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
-        raise ModelFileError(f"{path}: must hold a JSON object, found {type(content).__name__}")
+        raise ModelFileError(f"{what}: must hold a JSON object, found {type(content).__name__}")
     return content
 
 
@@ -151,13 +160,7 @@ class SafetensorsFile:
                 f"{self.path}: truncated or not a safetensors file: header length {length} goes "
                 f"beyond the file's {size} bytes or the format's limit of {_LONGEST_HEADER}"
             )
-        text = self._file.read(length)
-        try:
-            header = json.loads(text)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ModelFileError(f"{self.path}: header is not valid JSON ({error})") from None
-        if not isinstance(header, dict):
-            raise ModelFileError(f"{self.path}: header must be a JSON object")
+        header = parse_json(f"{self.path}: header", self._file.read(length))
         header.pop("__metadata__", None)
         data_start = 8 + length
         entries = {

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import tokenizers
 
+from sira_jax.checkpoints.safetensors import parse_json
 from sira_jax.errors import ModelFileError
 
 _WORDS = (
@@ -81,10 +82,7 @@ def parse_tokenizer(path: str, text: str) -> tokenizers.Tokenizer:
     Raises:
       ModelFileError: if it is not JSON or describes no tokenizer.
     """
-    try:
-        json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ModelFileError(f"{path}: not valid JSON ({error})") from None
+    parse_json(path, text)
     try:
         return tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the tokenizers library raises no narrower class

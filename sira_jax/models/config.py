@@ -9,6 +9,11 @@ REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+def _is_number(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
     """Frequency scaling of Llama 3.1 and later (its `rope_scaling` with rope_type "llama3").
@@ -23,6 +28,9 @@ class RopeScaling:
     original_max_positions: int = 8192
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            check(_is_number(value), f"rope_scaling.{field.name}", value, "a number")
         check(self.factor >= 1, "rope_scaling.factor", self.factor, "at least 1")
         check(self.low_freq_factor > 0, "rope_scaling.low_freq_factor", self.low_freq_factor, "over 0")
         check(
@@ -104,10 +112,10 @@ class DecoderConfig:
         )
         check(self.head_dim % 2 == 0, "model.head_dim", self.head_dim, "an even number")
         check(
-            math.isfinite(self.norm_eps) and self.norm_eps > 0, "model.norm_eps", self.norm_eps, "over 0"
+            _is_number(self.norm_eps) and self.norm_eps > 0, "model.norm_eps", self.norm_eps, "over 0"
         )
         check(
-            math.isfinite(self.rope_theta) and self.rope_theta > 0,
+            _is_number(self.rope_theta) and self.rope_theta > 0,
             "model.rope_theta",
             self.rope_theta,
             "over 0",

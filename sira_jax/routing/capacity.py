@@ -52,8 +52,8 @@ def within_capacity(
 ) -> jax.Array:
     """Returns bool (G, S, E): queued, and `queue_positions` is below `capacity`.
 
-    It needs one prefix sum for all choices together: of an expert's queue, all of the choices before
-    one are kept, none of those after it, and only that one is cut, at some token.
+    It needs one prefix sum for all choices together: in an expert's queue there is one choice that
+    is cut at some token; all better choices are kept and all worse ones are not.
     """
     if capacity >= rank_GSE.shape[1]:
         return queued_GSE

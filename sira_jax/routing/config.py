@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import ClassVar
 
 from sira_jax.errors import check
 
@@ -49,6 +50,9 @@ class RoutingConfig:
       ConfigError: a field is out of range; the message names the field and what is allowed.
     """
 
+    # Where messages say that a field stands.
+    config_section: ClassVar[str] = "routing"
+
     num_experts: int = 16
     num_selected_experts: int = 4
     capacity_factor: float | None = 1.25
@@ -67,7 +71,7 @@ class RoutingConfig:
     def __post_init__(self):
         def require(name, is_allowed, allowed):
             value = getattr(self, name)
-            check(is_allowed(value), f"routing.{name}", value, allowed)
+            check(is_allowed(value), f"{self.config_section}.{name}", value, allowed)
 
         require("num_experts", lambda v: _is_count(v) and v >= 1, "a whole number over 0")
         require(

@@ -31,6 +31,12 @@ def _check_range(field: str, value: object, low: float, high: float = math.inf) 
     check(is_number and math.isfinite(value) and low <= value <= high, field, value, allowed)
 
 
+def _check_seed(field: str, value: object) -> None:
+    # JAX's keys hold 32 bits: a larger seed would repeat a smaller one.
+    _check_int(field, value, 0)
+    check(value < 2**32, field, value, "a whole number under 2**32")
+
+
 def _check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
     check(value in choices, field, value, f"one of {', '.join(choices)}")
 
@@ -90,6 +96,8 @@ class DataConfig:
     too_long: str = "error"
 
     def __post_init__(self):
+        is_listed = isinstance(self.tasks, str | list | tuple)
+        check(is_listed, "data.tasks", self.tasks, "names of tasks or mixtures")
         tasks = (self.tasks,) if isinstance(self.tasks, str) else tuple(self.tasks)
         object.__setattr__(self, "tasks", tasks)
         are_names = len(tasks) > 0 and all(isinstance(name, str) and name for name in tasks)
@@ -116,7 +124,7 @@ class OptimizerConfig:
         "rsqrt" (learning_rate * sqrt(warmup_steps / step)).
       warmup_steps: linear warm-up from 0.
       end_factor: see `schedule`.
-      weight_decay: decoupled weight decay.
+      weight_decay: decoupled weight decay: each step takes learning_rate * weight_decay * parameter off.
       beta1, beta2, epsilon: AdamW's.
       clip_norm: largest global norm of the gradient; None for no clipping.
     """
@@ -140,9 +148,13 @@ class OptimizerConfig:
         _check_int("optimizer.warmup_steps", self.warmup_steps, 0)
         _check_range("optimizer.end_factor", self.end_factor, 0.0, 1.0)
         _check_range("optimizer.weight_decay", self.weight_decay, 0.0)
-        _check_range("optimizer.beta1", self.beta1, 0.0, 1.0)
-        _check_range("optimizer.beta2", self.beta2, 0.0, 1.0)
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _check_range(f"optimizer.{name}", value, 0.0, 1.0)
+            check(value < 1, f"optimizer.{name}", value, "in [0, 1)")
         _check_range("optimizer.epsilon", self.epsilon, 0.0)
+        # B starts at zero, so A's first gradient is zero: without epsilon its update would be 0 / 0.
+        check(self.epsilon > 0, "optimizer.epsilon", self.epsilon, "over 0")
         if self.clip_norm is not None:
             _check_range("optimizer.clip_norm", self.clip_norm, 0.0)
             check(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "over 0, or None")
@@ -180,7 +192,7 @@ class TrainConfig:
 
     def __post_init__(self):
         _check_int("train.num_steps", self.num_steps, 1)
-        _check_int("train.seed", self.seed, 0)
+        _check_seed("train.seed", self.seed)
         _check_int("train.accumulation_steps", self.accumulation_steps, 1)
         _check_int("train.loss_chunk_size", self.loss_chunk_size, 0)
         _check_int("train.log_every", self.log_every, 1)
@@ -226,7 +238,7 @@ class DecodeConfig:
         _check_int("decode.num_beams", self.num_beams, 1)
         _check_range("decode.length_penalty", self.length_penalty, 0.0)
         _check_int("decode.batch_size", self.batch_size, 1)
-        _check_int("decode.seed", self.seed, 0)
+        _check_seed("decode.seed", self.seed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -323,6 +335,7 @@ def make_experiment(config: Mapping[str, Any]) -> ExperimentConfig:
     Raises:
       ConfigError: on an unknown section or field, a wrong type, or a value out of range; it names the field.
     """
+    check(isinstance(config, Mapping), "config", config, "a mapping of sections")
     known = ("adapter", *_SECTIONS)
     for name in config:
         check(name in known, "config", name, f"sections {', '.join(sorted(known))}")

@@ -1,10 +1,13 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard (through clu) and a progress bar."""
 
+import importlib
 import json
 import math
 import os
 import sys
+import tempfile
 import time
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,9 +39,8 @@ class MetricsLog:
             os.replace(part, self._path)
         self._writer = None
         if tensorboard:
-            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-            from clu import metric_writers  # Imports TensorFlow: only where it is used.
-
+            # clu imports TensorFlow, which takes seconds: only where it is used.
+            metric_writers = import_quietly("clu.metric_writers")
             self._writer = metric_writers.SummaryWriter(str(Path(directory) / "tensorboard"))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -55,6 +57,27 @@ class MetricsLog:
         if self._writer:
             self._writer.flush()
             self._writer.close()
+
+
+def import_quietly(name: str) -> types.ModuleType:
+    """Imports a module whose native code writes notices to standard error; they are shown only if it fails.
+
+    TensorFlow writes some before its own log level applies.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as notices:
+        os.dup2(notices.fileno(), 2)
+        try:
+            return importlib.import_module(name)
+        except BaseException:
+            notices.seek(0)
+            os.write(saved, notices.read())
+            raise
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,8 @@ from sira_jax.training.config import OptimizerConfig
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     """Learning rate of step 0, 1, ...: linear warm-up from 0, then the named decay; see OptimizerConfig."""
     peak, warmup = config.learning_rate, config.warmup_steps
-    decay_steps = max(1, num_steps - warmup)
+    # The last step has index num_steps - 1, and is to have the end's rate.
+    decay_steps = max(1, num_steps - 1 - warmup)
     if config.schedule == "constant":
         decay = optax.constant_schedule(peak)
     elif config.schedule == "linear":
@@ -39,11 +40,13 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
             weight_decay=config.weight_decay,
         )
     else:
-        update = optax.adafactor(
-            schedule,
-            multiply_by_parameter_scale=False,
-            clipping_threshold=None,
-            weight_decay_rate=config.weight_decay or None,
+        # Put together here, since optax.adafactor does not scale the decay by the learning rate as AdamW does, and
+        # scales updates by the parameter, which would hold LoRA's B at its initial zero.
+        update = optax.chain(
+            optax.scale_by_factored_rms(),
+            optax.clip_by_block_rms(1.0),
+            optax.add_decayed_weights(config.weight_decay),
+            optax.scale_by_learning_rate(schedule),
         )
     if config.clip_norm is None:
         return update

@@ -1,5 +1,8 @@
 """The name of a set of parameters: what changes it and what does not."""
 
+import hashlib
+import importlib
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sira_jax.checkpoints import fingerprint
+from sira_jax.checkpoints import fingerprint, load_base_model
+from tests.hf_models import TINY_LLAMA, weights_by_rule, write_folder
 
 SHAPE = (3, 5, 4)
 
@@ -35,13 +39,39 @@ def test_is_64_digits_and_repeats():
     assert fingerprint(jax.tree.map(np.asarray, params())) == name
 
 
-def test_is_pinned():
+def test_equals_its_definition_in_plain_integers():
     """Checkpoints hold fingerprints: a change of the algorithm would orphan them all."""
-    tree = {"a": jnp.arange(6, dtype=jnp.float32).reshape(2, 3), "b": jnp.ones(2, jnp.bfloat16)}
-    assert fingerprint(tree) == PINNED
 
+    def mix(x):
+        x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+        x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+        return x ^ x >> 16
 
-PINNED = "?"
+    def leaf_hash(array, seed, multiplier):
+        total = 0
+        for index in np.ndindex(array.shape):
+            position = seed
+            for place in index:
+                position = mix((position + place) * multiplier % 2**32)
+            bits = int.from_bytes(array[index].tobytes(), "little")
+            total += mix(bits ^ seed) * (position | 1)
+        return total % 2**32
+
+    tree = {
+        "b": {"scale": np.arange(4).astype(jnp.bfloat16)},
+        "a": {"kernel": np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3)},
+    }
+    lines = []
+    for path, array in (
+        (("a", "kernel"), tree["a"]["kernel"]),
+        (("b", "scale"), tree["b"]["scale"]),
+    ):
+        hashes = [
+            leaf_hash(array, 0x6A09E667, 0xBB67AE85),
+            leaf_hash(array, 0x3C6EF373, 0xA54FF53B),
+        ]
+        lines.append(json.dumps([path, array.shape, str(array.dtype), *hashes]))
+    assert fingerprint(tree) == hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 @settings(max_examples=100, deadline=None)
@@ -94,7 +124,9 @@ def test_parts_are_added_up_whatever_their_size(dtype, monkeypatch):
     tree = {"a": jnp.asarray(x), "scalar": jnp.asarray(x[0, 0]), "none": jnp.zeros((0, 3))}
     whole = fingerprint(tree)
     jax.clear_caches()
-    monkeypatch.setattr("sira_jax.checkpoints.fingerprint._CHUNK", 12)
+    # By name: as an attribute of the package, `fingerprint` is the function.
+    module = importlib.import_module("sira_jax.checkpoints.fingerprint")
+    monkeypatch.setattr(module, "_CHUNK", 12)
     assert fingerprint(tree) == whole
     jax.clear_caches()
 
@@ -108,7 +140,7 @@ mesh = Mesh(np.asarray(jax.devices()).reshape(4, 2), ("fsdp", "tensor"))
 model = load_base_model(sys.argv[1])
 name = fingerprint(model.params)
 print(name)
-specs = [P(), P("fsdp"), P(None, "tensor"), P("tensor", "fsdp"), P(("fsdp", "tensor"))]
+specs = [P("tensor", "fsdp"), P(None, "tensor")]
 for spec in specs:
     def sharding(path, shape, spec=spec):
         axes = [axis if size % 8 == 0 else None for axis, size in zip(spec, shape[1:])]
@@ -131,8 +163,6 @@ print("same")
 
 
 def test_sharding_changes_neither_values_nor_the_name(tmp_path):
-    from tests.hf_models import TINY_LLAMA, weights_by_rule, write_folder
-
     path = write_folder(tmp_path, TINY_LLAMA, weights_by_rule(TINY_LLAMA))
     environment = {
         **os.environ,
@@ -149,6 +179,4 @@ def test_sharding_changes_neither_values_nor_the_name(tmp_path):
     assert result.returncode == 0, result.stderr
     name, same = result.stdout.split()
     assert same == "same"
-    from sira_jax.checkpoints import load_base_model
-
     assert fingerprint(load_base_model(path).params) == name

@@ -13,9 +13,14 @@ from sira_jax.checkpoints.gguf import GGUFSource, rope_divisors, unpermute
 from sira_jax.errors import ModelFileError
 from sira_jax.models.config import RopeScaling
 from sira_jax.models.decoder import Decoder
-from tests.checkpoints.test_base_model import assert_same_params
 from tests.gguf_models import permute, tokenizer_fields, write_gguf
-from tests.hf_models import TINY_LLAMA, TINY_QWEN2, weights_by_rule, write_folder
+from tests.hf_models import (
+    TINY_LLAMA,
+    TINY_QWEN2,
+    assert_same_params,
+    weights_by_rule,
+    write_folder,
+)
 
 # Quantised rows are blocks of 32 values.
 LLAMA = {**TINY_LLAMA, "hidden_size": 64, "intermediate_size": 96}
@@ -228,6 +233,10 @@ BAD = {
     "endless list": (
         _header(0, 1, _string(b"a.b") + struct.pack("<IIQ", 9, 4, 2**61) + b"\0" * 16),
         "damaged",
+    ),
+    "lists of lists": (
+        _header(0, 1, _string(b"a.b") + struct.pack("<IIQ", 9, 9, 1) + b"\0" * 32),
+        "lists of lists",
     ),
     "unknown quantisation": (
         _header(1, 0, _string(b"t") + struct.pack("<IQIQ", 1, 4, 999, 0) + b"\0" * 64),

@@ -1,0 +1,131 @@
+"""Measures speed and memory: one adapted projection, or whole training steps. Prints a table and writes JSON.
+
+  python scripts/benchmark.py --kind=layer --sizes=512,1024,2048,4096,8192
+  python scripts/benchmark.py --kind=layer --sizes=2048 --ranks=4,16 --ks=1,4 --num_experts=32
+  python scripts/benchmark.py --kind=step --num_layers=8 --emb_dim=512 --mlp_dim=1408
+
+The compared sides take turns within one run, so that their ratios hold on a busy machine; times are medians.
+"""
+
+import json
+import os
+import platform
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from scripts.benchmark_layer import ALGORITHMS, run_layer_benchmark
+from scripts.benchmark_step import run_step_benchmark, step_adapters
+from scripts.cli import run_main
+from sira_jax.errors import check
+from sira_jax.models import DecoderConfig
+
+KIND = flags.DEFINE_enum("kind", "layer", ["layer", "step"], "One projection, or training steps.")
+OUT = flags.DEFINE_string("out", None, "Also write the rows to this JSON file.")
+REPEATS = flags.DEFINE_integer("repeats", 7, "Rounds.", lower_bound=1)
+NUM_EXPERTS = flags.DEFINE_integer("num_experts", 16, "E.", lower_bound=1)
+SIZES = flags.DEFINE_list("sizes", ["512", "1024", "2048", "4096", "8192"], "layer: tokens S.")
+RANKS = flags.DEFINE_list("ranks", ["4"], "Ranks R of an expert; step takes the first.")
+KS = flags.DEFINE_list("ks", ["4"], "Selected experts k; step takes the first.")
+D_IN = flags.DEFINE_integer("d_in", 1024, "layer: features in.", lower_bound=1)
+D_OUT = flags.DEFINE_integer("d_out", 1024, "layer: features out.", lower_bound=1)
+CAPACITY = flags.DEFINE_float("capacity_factor", 1.25, "layer: capacity factor.")
+CANDIDATES = flags.DEFINE_list("candidates", [], "layer: dispatch algorithms; step: adapters.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the computation.")
+VOCAB = flags.DEFINE_integer("vocab_size", 4096, "step: vocabulary.", lower_bound=1)
+EMB = flags.DEFINE_integer("emb_dim", 512, "step: width.", lower_bound=1)
+LAYERS = flags.DEFINE_integer("num_layers", 8, "step: layers.", lower_bound=1)
+HEADS = flags.DEFINE_integer("num_heads", 8, "step: heads.", lower_bound=1)
+MLP_DIM = flags.DEFINE_integer("mlp_dim", 1408, "step: width of the MLP.", lower_bound=1)
+BATCH = flags.DEFINE_integer("batch_size", 8, "step: rows.", lower_bound=1)
+LENGTH = flags.DEFINE_integer("length", 128, "step: tokens a row.", lower_bound=1)
+
+
+def _numbers(flag) -> list[int]:
+    for value in flag.value:
+        check(value.isdecimal() and int(value) > 0, f"--{flag.name}", value, "whole numbers over 0")
+    return [int(value) for value in flag.value]
+
+
+def main(argv: list[str]) -> None:
+    """Runs the benchmark."""
+    del argv
+    rows = _layer() if KIND.value == "layer" else _step()
+    print(format_rows(rows))
+    if OUT.value:
+        machine = {
+            "jax": jax.__version__,
+            "device": str(jax.devices()[0]),
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+        }
+        result = {"kind": KIND.value, "machine": machine, "rows": rows}
+        Path(OUT.value).write_text(json.dumps(result, indent=1))
+
+
+def _layer() -> list[dict]:
+    names = CANDIDATES.value or list(ALGORITHMS)
+    for name in names:
+        check(name in ALGORITHMS, "--candidates", name, f"some of {', '.join(ALGORITHMS)}")
+    return run_layer_benchmark(
+        _numbers(SIZES),
+        NUM_EXPERTS.value,
+        _numbers(RANKS),
+        _numbers(KS),
+        D_IN.value,
+        D_OUT.value,
+        CAPACITY.value,
+        REPEATS.value,
+        names,
+        dtype=DTYPE.value,
+        log=print,
+    )
+
+
+def _step() -> list[dict]:
+    rank, k = _numbers(RANKS)[0], _numbers(KS)[0]
+    heads = HEADS.value
+    config = DecoderConfig(
+        vocab_size=VOCAB.value,
+        emb_dim=EMB.value,
+        num_layers=LAYERS.value,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=max(2, EMB.value // heads),
+        mlp_dim=MLP_DIM.value,
+        dtype=DTYPE.value,
+    )
+    known = step_adapters(NUM_EXPERTS.value, rank, k)
+    for name in CANDIDATES.value:
+        check(name in known, "--candidates", name, f"some of {', '.join(known)}")
+    return run_step_benchmark(
+        config,
+        batch_size=BATCH.value,
+        length=LENGTH.value,
+        num_experts=NUM_EXPERTS.value,
+        rank=rank,
+        k=k,
+        names=CANDIDATES.value or None,
+        repeats=REPEATS.value,
+        log=print,
+    )
+
+
+def format_rows(rows: list[dict]) -> str:
+    """The rows as an aligned table."""
+    columns = list(rows[0])
+
+    def text(value) -> str:
+        if isinstance(value, float):
+            return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
+        return "" if value is None else str(value)
+
+    cells = [columns, *([text(row[column]) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = ["  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in cells]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_main(main)

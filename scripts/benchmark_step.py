@@ -1,0 +1,136 @@
+"""Times and memory of whole training steps, for each adapter. `scripts/benchmark.py` prints the table."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sira_jax.adapters import AdapterConfig, LoRAConfig, SiRAConfig
+from sira_jax.models import Decoder, DecoderConfig
+from sira_jax.training.config import OptimizerConfig
+from sira_jax.training.optimizers import make_optimizer, make_schedule
+from sira_jax.training.train_state import TrainState, count, init_adapter, split_params
+from sira_jax.training.train_step import make_train_step
+
+_WARM_UP = 2
+
+
+def step_adapters(num_experts: int, rank: int, k: int) -> dict[str, AdapterConfig]:
+    """The compared adapters. `floor` is the least that still needs the whole backward pass: rank 1 on q alone."""
+    sira = {
+        f"sira_{dispatch}": SiRAConfig(
+            num_experts=num_experts, rank=rank, num_selected_experts=k, dispatch=dispatch
+        )
+        for dispatch in ("auto", "einsum", "ragged")
+    }
+    return {
+        "floor": LoRAConfig(rank=1, targets=("q",)),
+        f"lora_r{rank}": LoRAConfig(rank=rank),
+        f"lora_r{num_experts * rank}": LoRAConfig(rank=num_experts * rank),
+        **sira,
+    }
+
+
+def run_step_benchmark(
+    config: DecoderConfig,
+    *,
+    batch_size: int,
+    length: int,
+    num_experts: int = 16,
+    rank: int = 4,
+    k: int = 4,
+    names: Sequence[str] | None = None,
+    repeats: int = 5,
+    log: Callable[[str], None] | None = None,
+) -> list[dict]:
+    """Measures AdamW steps on random tokens, every position a target.
+
+    Candidates take turns in `repeats` rounds, after two steps each that compile and settle.
+
+    Args:
+      config: the model.
+      batch_size: rows.
+      length: tokens a row.
+      num_experts, rank, k: of SiRA; the LoRAs have rank R and E * R.
+      names: which of `step_adapters`; None for all.
+      repeats: rounds.
+      log: called with a line for each candidate that is compiled.
+
+    Returns:
+      A dict for each candidate: candidate, trained (parameters), median_s, min_s, tokens_per_s, temp_mib, state_mib (what
+      a step updates), and vs_floor and vs_lora: medians over the rounds of the ratio to the first and second candidate
+      in the same round.
+    """
+    adapters = step_adapters(num_experts, rank, k)
+    names = list(adapters) if names is None else list(names)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch_size, length + 1))
+    batch = {
+        "decoder_input_tokens": jnp.asarray(tokens[:, :-1], jnp.int32),
+        "decoder_target_tokens": jnp.asarray(tokens[:, 1:], jnp.int32),
+        "decoder_loss_weights": jnp.ones((batch_size, length), jnp.float32),
+        "decoder_segment_ids": jnp.ones((batch_size, length), jnp.int32),
+    }
+    variables = Decoder(config).init(jax.random.key(0), batch)
+    frozen = nn.unbox(variables["params"])
+    runs = {}
+    for name in names:
+        runs[name] = _Candidate(config, adapters[name], frozen, batch)
+        if log:
+            log(f"{name} compiled")
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for round_index in range(repeats + _WARM_UP):
+        for name in names:
+            elapsed = runs[name].step()
+            if round_index >= _WARM_UP:
+                seconds[name].append(elapsed)
+    rows = []
+    for name in names:
+        median = statistics.median(seconds[name])
+        row = {
+            "candidate": name,
+            "trained": runs[name].trained,
+            "median_s": median,
+            "min_s": min(seconds[name]),
+            "tokens_per_s": batch_size * length / median,
+            "temp_mib": runs[name].temp_mib,
+            "state_mib": runs[name].state_mib,
+        }
+        for column, base in zip(("vs_floor", "vs_lora"), names[:2], strict=False):
+            pairs = zip(seconds[name], seconds[base], strict=True)
+            row[column] = statistics.median(own / other for own, other in pairs)
+        rows.append(row)
+    return rows
+
+
+class _Candidate:
+    """A compiled step with its state."""
+
+    def __init__(self, config: DecoderConfig, adapter: AdapterConfig, frozen: Any, batch: Any):
+        model = Decoder(config, adapter)
+        optimizer_config = OptimizerConfig()
+        optimizer = make_optimizer(optimizer_config, 1000)
+        step = make_train_step(model, optimizer, make_schedule(optimizer_config, 1000), seed=0)
+        params = init_adapter(model, 0)
+        self._state = TrainState(
+            step=jnp.int32(0), adapter=params, optimizer=optimizer.init(params)
+        )
+        self._frozen, self._batch = split_params(frozen)[1], batch
+        self._step = (
+            jax.jit(step, donate_argnums=0).lower(self._state, self._frozen, batch).compile()
+        )
+        memory = self._step.memory_analysis()
+        self.temp_mib = None if memory is None else memory.temp_size_in_bytes / 2**20
+        self.state_mib = sum(x.nbytes for x in jax.tree.leaves(self._state)) / 2**20
+        self.trained = count(params)
+
+    def step(self) -> float:
+        """Runs one step and returns its seconds."""
+        start = time.perf_counter()
+        self._state, metrics = self._step(self._state, self._frozen, self._batch)
+        jax.block_until_ready((self._state, metrics))
+        return time.perf_counter() - start

@@ -1,0 +1,105 @@
+"""scripts/show_task.py and scripts/download_data.py from the command line."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(script, *arguments, **environment):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / script), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
+
+
+def test_show_a_task():
+    result = run("show_task.py", "cldr_unit_en", "--num=1", "--full")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    lines = result.stdout.splitlines()
+    assert "  inputs   'Write the measure 2.5 day in full in English.'" in lines
+    assert "  targets  '2.5 days'" in lines
+    assert "     9 ids 53 49 56 35 103 100 124 118 1" in lines
+    cells = re.compile(r"\s+\d+ '.*'\s+\d+ '.*'\s+(\d+)\s+(\d+)\s+([01])\s+(\d+)")
+    table = [match.groups() for line in lines if (match := cells.fullmatch(line))]
+    # 45 prompt and 9 target tokens: 53 positions, the last 9 of which count.
+    assert table == [("1", str(i), "1" if i >= 44 else "0", "0") for i in range(53)]
+
+
+def test_show_a_mixture_through_a_template():
+    result = run("show_task.py", "cldr_sw", "--num=2", "--template=plain", "--rows=2")
+    assert result.returncode == 0, result.stderr
+    assert "in full in Swahili.\\n'" in result.stdout
+    assert "  task 0 is cldr_date_sw\n  task 1 is cldr_unit_sw\n" in result.stdout
+    assert "16.67%  cldr_date_sw" in result.stdout
+    assert "(--full shows every position)" in result.stdout
+
+
+def test_list():
+    result = run("show_task.py", "--list")
+    assert result.returncode == 0, result.stderr
+    assert "cldr_date_sw" in result.stdout
+    assert "2000/100/200" in result.stdout
+    assert "mixtures" in result.stdout
+
+
+def test_output_that_is_cut_off_is_no_error():
+    command = f"{sys.executable} {ROOT}/scripts/show_task.py --list | head -n 1"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert "tasks (train/validation/test" in result.stdout
+    assert result.stderr == ""
+
+
+def test_through_seqio():
+    result = run("show_task.py", "cldr_date_sw", "--num=1", "--seqio")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert "targets_pretokenized Jumatatu, 30 Julai 2001" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cldr_dat_sw"], "no task or mixture 'cldr_dat_sw': close names: cldr_date_sw"),
+        ([], "name a task or a mixture, or give --list"),
+        (["cldr_sw", "--split=dev"], "split='dev' of task cldr_date_sw: it has"),
+        (["cldr_sw", "--vocabulary=x"], "vocabulary='x' is not allowed: use bytes"),
+        (["cldr_sw", "--num=0"], "argument --num: '0' is not a whole number"),
+        (["cldr_sw", "--num=many"], "argument --num: 'many' is not a whole number"),
+        (["cldr_sw", "--length=3"], "fits length=3"),
+        (["cldr_sw", "--nmu=3"], "unrecognized arguments: --nmu=3"),
+        (["bfcl_simple"], "run `python scripts/download_data.py bfcl`"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, tmp_path):
+    result = run("show_task.py", *arguments, SIRA_DATA_DIR=str(tmp_path))
+    assert result.returncode == 2
+    assert result.stdout == "" or "length" in message
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bfc"], "no data 'bfc': use one of bfcl, smollm2-135m"),
+        ([], "the following arguments are required: NAME"),
+        (["bfcl", "--mirror=/nowhere"], "mirror /nowhere has no file bfcl_eval-"),
+    ],
+)
+def test_download_mistakes(arguments, message, tmp_path):
+    result = run("download_data.py", *arguments, SIRA_CACHE=str(tmp_path / "cache"))
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert not list(tmp_path.glob("cache/*"))
