@@ -8,6 +8,7 @@ methods with routers, router_SPLIT.json: expert load and gate entropy per layer 
 """
 
 import json
+import resource
 from pathlib import Path
 
 from absl import flags
@@ -49,12 +50,14 @@ def evaluate(plan: assemble.Plan, workdir: str | None, checkpoint: str) -> dict:
     losses, report = plan.loss_evaluator(model, frozen, loaded, evaluation.split).run(adapter)
     scores, records = plan.decode_tasks(model, merge_params(adapter, frozen), loaded, "decode")
     results = {
+        "experiment": plan.experiment.to_dict(),
         "checkpoint": step if step is not None else "none",
         "split": evaluation.split,
         "examples": {task.name: len(task) for task in loaded},
         "losses": losses,
         "scores": scores,
         "mean": assemble.mean_scores(scores),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
     if workdir:
         directory = Path(workdir)

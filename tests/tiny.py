@@ -25,7 +25,7 @@ def decoder_config(**changes) -> DecoderConfig:
 
 
 def draw(shapes, seed=0, scale=0.5):
-    """Normal float32 arrays in the shapes of a tree; norms' scales lie around 1, nothing is zero."""
+    """Normal arrays in the shapes of a tree; the scales of norms lie around 1, nothing is zero."""
     rng = np.random.default_rng(seed)
 
     def leaf(path, shape):

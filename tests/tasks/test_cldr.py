@@ -27,13 +27,13 @@ def pair(name: str) -> tuple[str, str]:
     [
         (
             "cldr_date_sw",
-            "Write the date Mon 2001-07-30 in full in Swahili.",
-            "Jumatatu, 30 Julai 2001",
+            "Write the date Fri 1970-05-22 in full in Swahili.",
+            "Ijumaa, 22 Mei 1970",
         ),
         (
             "cldr_date_yo",
-            "Write the date Mon 2001-07-30 in full in Yoruba.",
-            "Ọjọ́ Ajé, 30 Oṣù Agẹmọ 2001",
+            "Write the date Fri 1970-05-22 in full in Yoruba.",
+            "Ọjọ́ Ẹtì, 22 Oṣù Ẹ̀bibi 1970",
         ),
         ("cldr_unit_en", "Write the measure 2.5 day in full in English.", "2.5 days"),
         ("cldr_unit_sw", "Write the measure 2.5 day in full in Swahili.", "siku 2.5"),
