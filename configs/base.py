@@ -39,7 +39,9 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
 
     config.model = ConfigDict()
-    config.model.path = "smollm2-135m"  # A GGUF file, a Hugging Face folder, or a name of download_data.py.
+    config.model.path = (
+        "smollm2-135m"  # A GGUF file, a Hugging Face folder, or a name of download_data.py.
+    )
     config.model.dtype = "float32"  # Type of the computation; bfloat16 on accelerators.
     config.model.param_dtype = "float32"  # Type the frozen base is held in.
     config.model.remat_policy = "none"  # none | full | dots | dots_no_batch: memory against time.
@@ -50,7 +52,9 @@ def get_config() -> ConfigDict:
     config.data.rates = "mixture"  # mixture | equal | proportional | temperature.
     config.data.temperature = 2.0  # For rates=temperature.
     config.data.template = "plain"  # plain | chat (the model's own template).
-    config.data.vocabulary = "model"  # The model's tokenizer, or bytes, sentencepiece:FILE, tokenizers:FILE.
+    config.data.vocabulary = (
+        "model"  # The model's tokenizer, or bytes, sentencepiece:FILE, tokenizers:FILE.
+    )
     config.data.sequence_length = 256  # Tokens a row.
     config.data.batch_size = 8  # Rows a step, over all devices.
     config.data.pack = True  # Several examples a row.

@@ -39,7 +39,9 @@ def read_experiment(config: ConfigDict | None, workdir: str | None) -> Experimen
     try:
         return make_experiment(json.loads(path.read_text())["config"])
     except FileNotFoundError:
-        raise ConfigError(f"--workdir={workdir}: has no {loop.CONFIG_FILE}; give --config") from None
+        raise ConfigError(
+            f"--workdir={workdir}: has no {loop.CONFIG_FILE}; give --config"
+        ) from None
     except (json.JSONDecodeError, KeyError, TypeError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
 
@@ -61,7 +63,9 @@ def find_model(path: str) -> str:
             )
         return str(folder / files[0])
     if not Path(path).exists():
-        known = [n for n, p in download.PACKAGES.items() if any(m.endswith("gguf") for m in p.members)]
+        known = [
+            n for n, p in download.PACKAGES.items() if any(m.endswith("gguf") for m in p.members)
+        ]
         raise ConfigError(
             f"model.path={path!r} is not allowed: no such file or folder, and the known names are"
             f" {', '.join(known)}"
@@ -163,7 +167,9 @@ class Plan:
             self.model_path, **options, sharding_fn=lambda path, shape: by_path[path]
         )
 
-    def load_tasks(self, split: str, limit: int = 0) -> tuple[list[tasks.TokenizedTask], list[float]]:
+    def load_tasks(
+        self, split: str, limit: int = 0
+    ) -> tuple[list[tasks.TokenizedTask], list[float]]:
         """All tasks of the experiment, tokenised, with their rates; `limit` examples each (0: all)."""
         data = self.experiment.data
         loaded: list[tasks.TokenizedTask] = []
@@ -181,7 +187,9 @@ class Plan:
             )
             for member, rate in zip(members, member_rates, strict=True):
                 if member.name in [task.name for task in loaded]:
-                    raise ConfigError(f"data.tasks={data.tasks!r} is not allowed: {member.name} is in it twice")
+                    raise ConfigError(
+                        f"data.tasks={data.tasks!r} is not allowed: {member.name} is in it twice"
+                    )
                 loaded.append(member)
                 rates.append(rate)
         return loaded, rates
@@ -229,7 +237,9 @@ class Plan:
         self, model: Decoder, params: Any, prompts: Sequence[Sequence[int]], description: str = ""
     ) -> list[str]:
         """Continues token prompts and returns the texts; shows a progress bar if there is a description."""
-        bar = Progress(len(prompts), description=description, unit="prompt") if description else None
+        bar = (
+            Progress(len(prompts), description=description, unit="prompt") if description else None
+        )
         bos = [] if self.bos_id is None else [self.bos_id]
         ids = generate(
             model,
@@ -266,7 +276,9 @@ class Plan:
         return scores, records
 
 
-def restore_adapter(plan: Plan, model: Decoder, frozen: Any, workdir: str, which: str) -> tuple[Any, int]:
+def restore_adapter(
+    plan: Plan, model: Decoder, frozen: Any, workdir: str, which: str
+) -> tuple[Any, int]:
     """The adapter of a run directory and its step.
 
     Args:

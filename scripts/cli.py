@@ -63,7 +63,9 @@ def _print_help(argv: list[str]) -> None:
     main = sys.modules["__main__"]
     print((main.__doc__ or "").strip())
     print("\nFlags:")
-    known = flags.FLAGS.flags_by_module_dict().get(argv[0], []) or flags.FLAGS.get_key_flags_for_module(main)
+    known = flags.FLAGS.flags_by_module_dict().get(
+        argv[0], []
+    ) or flags.FLAGS.get_key_flags_for_module(main)
     for flag in sorted(known, key=lambda flag: flag.name):
         default = "" if flag.default in (None, "") else f" (default {flag.default})"
         text = " ".join((flag.help or "").split())

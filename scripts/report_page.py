@@ -118,7 +118,8 @@ def to_markdown(title: str, sections: Sequence[Section]) -> str:
                     rows = [f"| {markdown(task)} | |", "|---|---|"]
                     for line in lines:
                         text = markdown(_shorten(line.text))
-                        rows.append(f"| {markdown(line.name)} {line.mark} | {text} |")
+                        name = f"{markdown(line.name)} {line.mark}".strip()
+                        rows.append(f"| {name} | {text} |")
                     parts.append("\n".join(rows))
                 parts.append("</details>")
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -22,7 +22,9 @@ from sira_jax.training import loop
 from sira_jax.training.logging import read_metrics
 from sira_jax.training.train_state import count, split_params
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a Python file in configs/.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The experiment, a Python file in configs/."
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
 TENSORBOARD = flags.DEFINE_bool("tensorboard", True, "Write TensorBoard event files.")
 

@@ -1,15 +1,13 @@
 """A mixture for a first run on a laptop: short, varied, and learnable within minutes."""
 
-from tasks import bfcl, cldr, specs
+from tasks import cldr, specs
 
 LANGUAGES = ("en", "sw", "bn", "te", "am")
 
 
 def _register() -> None:
     names = tuple(
-        name
-        for language in LANGUAGES
-        for name in specs.MIXTURES[f"cldr_{language}"].tasks
+        name for language in LANGUAGES for name in specs.MIXTURES[f"cldr_{language}"].tasks
     )
     # A quarter of the examples are function calls; they are several times longer than the others.
     calls = "bfcl_simple"

@@ -83,9 +83,7 @@ class SiRA(nn.Module):
         )
         lora_b_ERF = self.param(
             "lora_b",
-            nn.with_logical_partitioning(
-                nn.initializers.zeros, ("expert", "rank", "adapter_out")
-            ),
+            nn.with_logical_partitioning(nn.initializers.zeros, ("expert", "rank", "adapter_out")),
             (experts, rank, d_out),
         )
         valid_BT = context.valid_BT

@@ -32,7 +32,9 @@ class RopeScaling:
             value = getattr(self, field.name)
             check(_is_number(value), f"rope_scaling.{field.name}", value, "a number")
         check(self.factor >= 1, "rope_scaling.factor", self.factor, "at least 1")
-        check(self.low_freq_factor > 0, "rope_scaling.low_freq_factor", self.low_freq_factor, "over 0")
+        check(
+            self.low_freq_factor > 0, "rope_scaling.low_freq_factor", self.low_freq_factor, "over 0"
+        )
         check(
             self.high_freq_factor > self.low_freq_factor,
             "rope_scaling.high_freq_factor",
@@ -112,7 +114,10 @@ class DecoderConfig:
         )
         check(self.head_dim % 2 == 0, "model.head_dim", self.head_dim, "an even number")
         check(
-            _is_number(self.norm_eps) and self.norm_eps > 0, "model.norm_eps", self.norm_eps, "over 0"
+            _is_number(self.norm_eps) and self.norm_eps > 0,
+            "model.norm_eps",
+            self.norm_eps,
+            "over 0",
         )
         check(
             _is_number(self.rope_theta) and self.rope_theta > 0,

@@ -78,7 +78,9 @@ class Decoder(nn.Module):
         block = DecoderBlock
         if config.remat_policy != "none":
             block = nn.remat(
-                block, prevent_cse=not config.scan_layers, policy=_REMAT_POLICIES[config.remat_policy]
+                block,
+                prevent_cse=not config.scan_layers,
+                policy=_REMAT_POLICIES[config.remat_policy],
             )
         if config.scan_layers:
             scanned = nn.scan(

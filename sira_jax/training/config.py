@@ -231,7 +231,12 @@ class DecodeConfig:
         _check_choice("decode.strategy", self.strategy, STRATEGIES)
         _check_int("decode.max_new_tokens", self.max_new_tokens, 1)
         _check_range("decode.temperature", self.temperature, 0.0)
-        check(self.temperature > 0, "decode.temperature", self.temperature, "over 0 (greedy is a strategy)")
+        check(
+            self.temperature > 0,
+            "decode.temperature",
+            self.temperature,
+            "over 0 (greedy is a strategy)",
+        )
         _check_int("decode.top_k", self.top_k, 0)
         _check_range("decode.top_p", self.top_p, 0.0, 1.0)
         check(self.top_p > 0, "decode.top_p", self.top_p, "in (0, 1]")

@@ -225,7 +225,9 @@ def _beam_search(
         parents_R = (first_row_B1 + picks_BN // vocabulary).reshape(rows)
         next_R = (picks_BN % vocabulary).reshape(rows).astype(jnp.int32)
         search = search.replace(
-            cache=_map_rows(search.cache, scanned, lambda x, axis: jnp.take(x, parents_R, axis=axis)),
+            cache=_map_rows(
+                search.cache, scanned, lambda x, axis: jnp.take(x, parents_R, axis=axis)
+            ),
             tokens_RM=search.tokens_RM[parents_R].at[:, search.count].set(next_R),
             scores_R=scores_RV[parents_R, next_R],
             done_R=search.done_R[parents_R] | _is_stop(next_R, eos_ids),

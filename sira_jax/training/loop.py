@@ -169,7 +169,11 @@ class Trainer:
         # What the compiler placed on one device (counters) belongs on all of them.
         everywhere = partitioning.replicated(self._mesh)
         optimizer = jax.tree.map(
-            lambda x: x if len(x.sharding.device_set) == self._mesh.size else jax.device_put(x, everywhere),
+            lambda x: (
+                x
+                if len(x.sharding.device_set) == self._mesh.size
+                else jax.device_put(x, everywhere)
+            ),
             optimizer,
         )
         step = jax.device_put(jnp.int32(0), everywhere)
@@ -258,8 +262,10 @@ class Trainer:
             if not math.isfinite(metrics[name]):
                 self._checkpointer.wait()
                 good = self._checkpointer.latest_step()
-                kept = "there is no checkpoint yet" if good is None else (
-                    f"the last good checkpoint is {self._checkpointer.path(good)}"
+                kept = (
+                    "there is no checkpoint yet"
+                    if good is None
+                    else (f"the last good checkpoint is {self._checkpointer.path(good)}")
                 )
                 raise TrainingError(f"{name} is {metrics[name]} at step {step}; {kept}")
 

@@ -83,7 +83,9 @@ def auxiliary_loss(sown: Mapping[str, Any]) -> jax.Array:
     leaves = jax.tree.leaves(sown)
     if not leaves:
         return jnp.float32(0)
-    return jnp.sum(jnp.stack([jnp.sum(leaf) for leaf in leaves])) / sum(leaf.size for leaf in leaves)
+    return jnp.sum(jnp.stack([jnp.sum(leaf) for leaf in leaves])) / sum(
+        leaf.size for leaf in leaves
+    )
 
 
 def router_stats(sown: Mapping[str, Any]) -> list[RouterStats]:

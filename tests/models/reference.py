@@ -87,7 +87,7 @@ def attention(x, params, config, segments, positions):
 
 
 def decoder(params, config, batch):
-    """Logits (B, T, V); those at padding mean nothing. Layers apart (`layers_0`, `layers_1`, ...)."""
+    """Logits (B, T, V) of layers kept apart (`layers_0`, ...); at padding they mean nothing."""
     params = _float64(params)
     tokens = batch["decoder_input_tokens"]
     embedding = params["token_embedder"]["embedding"]
