@@ -21,7 +21,8 @@ def run_main(main: Callable[[list[str]], Any], argv: list[str] | None = None) ->
     Whatever else is raised is a defect and keeps its stack trace. The integer `main` returns is the exit status.
     """
     # Output piped into `head` ends the script quietly, as it does any other command.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     absl_logging.set_verbosity(absl_logging.ERROR)
 
@@ -71,6 +72,8 @@ def _print_help(argv: list[str]) -> None:
         text = " ".join((flag.help or "").split())
         print(f"  --{flag.name}: {text}{default}")
     config = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
+    if "config" not in flags.FLAGS:
+        return
     if config is None:
         print("\nWith --config=FILE, --help also lists the config's fields.")
         return

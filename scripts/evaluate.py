@@ -16,6 +16,7 @@ from ml_collections import config_flags
 
 from scripts import assemble
 from scripts.cli import run_main
+from sira_jax.files import write_text
 from sira_jax.models import Decoder
 from sira_jax.training.train_state import merge_params, split_params
 
@@ -63,11 +64,12 @@ def evaluate(plan: assemble.Plan, workdir: str | None, checkpoint: str) -> dict:
         directory = Path(workdir)
         directory.mkdir(parents=True, exist_ok=True)
         split = evaluation.split
-        (directory / f"evaluation_{split}.json").write_text(json.dumps(results, indent=1))
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-        (directory / f"predictions_{split}.jsonl").write_text("".join(lines))
+        write_text(directory / f"predictions_{split}.jsonl", "".join(lines))
         if report:
-            (directory / f"router_{split}.json").write_text(json.dumps(report))
+            write_text(directory / f"router_{split}.json", json.dumps(report))
+        # The last one: it says that the others are there.
+        write_text(directory / f"evaluation_{split}.json", json.dumps(results, indent=1))
     return results
 
 

@@ -7,7 +7,6 @@ figures beside it; overview.png is the short form. A file that a run lacks leave
 the reason below the table.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -46,6 +45,7 @@ from scripts.run_results import (
     read_runs,
 )
 from sira_jax.errors import ConfigError, DataError
+from sira_jax.files import write_atomically
 from sira_jax.training.logging import METRICS_FILE
 
 WORKDIRS = flags.DEFINE_list("workdirs", [], "The runs: NAME=DIRECTORY,NAME=DIRECTORY,...")
@@ -123,9 +123,7 @@ def write_report(
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            part = out_dir / f"{name}.part"
-            part.write_bytes(content)
-            os.replace(part, out_dir / name)
+            write_atomically(out_dir / name, lambda file, content=content: file.write(content))
     except OSError as error:
         raise DataError(f"{out_dir}: the report cannot be written: {error}") from error
     return out_dir / "report.html"

@@ -18,6 +18,7 @@ from ml_collections import config_flags
 from scripts import assemble
 from scripts.cli import run_main
 from sira_jax.errors import ConfigError
+from sira_jax.files import write_text
 from sira_jax.training import loop
 from sira_jax.training.logging import read_metrics
 from sira_jax.training.train_state import count, split_params
@@ -80,7 +81,7 @@ def train(plan: assemble.Plan, workdir: Path, *, tensorboard: bool = True) -> st
         _write_summary(plan, workdir, trained, total)
         _, report = evaluator.run(trainer.state.adapter)
         if report:
-            (workdir / "router.json").write_text(json.dumps(report))
+            write_text(workdir / "router.json", json.dumps(report))
     return outcome
 
 
@@ -101,7 +102,7 @@ def _write_summary(plan: assemble.Plan, workdir: Path, trained: int, total: int)
         "seconds_per_step": statistics.median(seconds[1:] or seconds),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-    (workdir / SUMMARY_FILE).write_text(json.dumps(summary, indent=1))
+    write_text(workdir / SUMMARY_FILE, json.dumps(summary, indent=1))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from sira_jax.checkpoints.safetensors import (
     TensorToWrite,
     parse_json,
     read_json,
-    write_atomically,
     write_safetensors,
 )
 from sira_jax.checkpoints.tokenizer import (
@@ -36,6 +35,7 @@ from sira_jax.checkpoints.tokenizer import (
     tokenizer_from_gguf,
 )
 from sira_jax.errors import ModelFileError
+from sira_jax.files import write_text
 from sira_jax.models.config import DecoderConfig
 
 _GENERATION_CONFIG = "generation_config.json"
@@ -307,7 +307,7 @@ def save_hf_folder(
     }
     _write_json(path, _GENERATION_CONFIG, ids)
     if tokenizer_json is not None:
-        _write_text(path, _TOKENIZER, tokenizer_json)
+        write_text(os.path.join(path, _TOKENIZER), tokenizer_json)
         _write_json(
             path,
             _TOKENIZER_CONFIG,
@@ -378,8 +378,4 @@ def _tokenizer_config(
 
 
 def _write_json(path: str, name: str, content: Mapping) -> None:
-    _write_text(path, name, json.dumps(content, indent=2) + "\n")
-
-
-def _write_text(path: str, name: str, text: str) -> None:
-    write_atomically(os.path.join(path, name), lambda file: file.write(text.encode()))
+    write_text(os.path.join(path, name), json.dumps(content, indent=2) + "\n")

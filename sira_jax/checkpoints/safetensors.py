@@ -7,12 +7,10 @@ Rows are read with plain file reads, not through a memory map: the mapped pages 
 the process's resident memory, and a model would be held twice.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
@@ -20,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from sira_jax.errors import ModelFileError
+from sira_jax.files import write_atomically
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -351,20 +350,3 @@ def write_safetensors(
                 raise ValueError(f"tensor {tensor.name}: {written} bytes, not {tensor.nbytes}")
 
     write_atomically(path, write)
-
-
-def write_atomically(path: str, write: Callable) -> None:
-    """Calls `write` with a new binary file beside `path`, then moves that file to `path` in one
-    step.
-    """
-    folder, name = os.path.split(os.path.abspath(path))
-    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)

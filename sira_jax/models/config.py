@@ -112,6 +112,15 @@ class DecoderConfig:
             self.num_kv_heads,
             f"a divisor of num_heads={self.num_heads}",
         )
+        for name in ("tie_embeddings", "qkv_bias", "scan_layers"):
+            check(
+                isinstance(getattr(self, name), bool),
+                f"model.{name}",
+                getattr(self, name),
+                "a bool",
+            )
+        is_scaling = self.rope_scaling is None or isinstance(self.rope_scaling, RopeScaling)
+        check(is_scaling, "model.rope_scaling", self.rope_scaling, "a RopeScaling or None")
         check(self.head_dim % 2 == 0, "model.head_dim", self.head_dim, "an even number")
         check(
             _is_number(self.norm_eps) and self.norm_eps > 0,

@@ -14,6 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sira_jax.files import write_text
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -33,10 +35,7 @@ class MetricsLog:
         self._path = Path(directory) / METRICS_FILE
         if self._path.exists():
             kept = [line for line in read_metrics(directory) if line["step"] <= start_step]
-            text = "".join(json.dumps(line) + "\n" for line in kept)
-            part = self._path.with_suffix(".part")
-            part.write_text(text)
-            os.replace(part, self._path)
+            write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._writer = None
         if tensorboard:
             # clu imports TensorFlow, which takes seconds: only where it is used.

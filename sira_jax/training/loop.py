@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ import numpy as np
 from sira_jax.checkpoints.fingerprint import fingerprint
 from sira_jax.checkpoints.orbax import Checkpointer
 from sira_jax.errors import CheckpointError, TrainingError
+from sira_jax.files import write_text
 from sira_jax.models import Decoder
 from sira_jax.training import partitioning
 from sira_jax.training.config import ExperimentConfig
@@ -218,7 +218,7 @@ class Trainer:
         train = self._experiment.train
         self._workdir.mkdir(parents=True, exist_ok=True)
         start = self.resume()
-        _write_json(self._workdir / CONFIG_FILE, self._meta)
+        write_text(self._workdir / CONFIG_FILE, json.dumps(self._meta, indent=1) + "\n")
         log = MetricsLog(self._workdir, start_step=start, tensorboard=self._tensorboard)
         bar = Progress(train.num_steps, initial=start, description="train")
         self._window.restart_clock()
@@ -332,9 +332,3 @@ def check_base(meta: Mapping[str, Any], base_fingerprint: str, where: Path) -> N
             f"{where}: was trained on the base model {meta['base_fingerprint']}, the loaded one is {base_fingerprint}:"
             " the adapter fits only the very weights it was trained on"
         )
-
-
-def _write_json(path: Path, value: Any) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-    os.replace(part, path)

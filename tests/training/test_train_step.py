@@ -1,0 +1,382 @@
+"""The loss against a plain cross-entropy, and what a step may and may not touch."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sira_jax.adapters import LoRAConfig, SiRAConfig
+from sira_jax.models import Decoder
+from sira_jax.training.config import OptimizerConfig
+from sira_jax.training.optimizers import make_optimizer, make_schedule
+from sira_jax.training.train_state import (
+    TrainState,
+    abstract_params,
+    count,
+    init_adapter,
+    merge_params,
+    split_params,
+)
+from sira_jax.training.train_step import (
+    auxiliary_loss,
+    make_train_step,
+    router_summary,
+    step_rngs,
+    token_losses,
+)
+from tests.tiny import decoder_config, decoder_params, make_batch
+
+LORA = LoRAConfig(rank=2, targets=("q", "v", "down"))
+SIRA = SiRAConfig(
+    num_experts=4,
+    num_selected_experts=2,
+    rank=2,
+    capacity_factor=1.0,
+    min_capacity=1,
+    router_init_std=0.5,
+    load_balance_loss_weight=0.1,
+    targets=("q", "down"),
+)
+OPTIMIZER = OptimizerConfig(learning_rate=0.01, clip_norm=None)
+BATCH = make_batch([(5, 3), (7,), (4, 2, 2), (3,)], 8)
+
+
+def build(adapter, batch=BATCH, **options):
+    """A compiled step without donation, a fresh state, and the frozen parameters."""
+    model = Decoder(decoder_config(), adapter)
+    optimizer = make_optimizer(OPTIMIZER, 10)
+    schedule = make_schedule(OPTIMIZER, 10)
+    step = make_train_step(model, optimizer, schedule, seed=0, **options)
+    trained, frozen = split_params(decoder_params(model))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trained):
+        if path[-1].key == "lora_b":
+            leaf[:] = 0
+    state = TrainState(step=jnp.int32(0), adapter=trained, optimizer=optimizer.init(trained))
+    compiled = jax.jit(step).lower(state, frozen, batch).compile()
+    return model, compiled, state, frozen
+
+
+@pytest.fixture(scope="module")
+def lora():
+    return build(LORA)
+
+
+@pytest.fixture(scope="module")
+def sira():
+    return build(SIRA)
+
+
+def cross_entropy(logits, targets):
+    """Nats and hits of each position, in float64."""
+    nats, hits = np.zeros(targets.shape), np.zeros(targets.shape)
+    for index in np.ndindex(targets.shape):
+        row = np.asarray(logits[index], np.float64)
+        top = row.max()
+        nats[index] = top + np.log(np.exp(row - top).sum()) - row[targets[index]]
+        hits[index] = row.argmax() == targets[index]
+    return nats, hits
+
+
+def test_loss_is_the_mean_over_target_tokens(lora):
+    model, step, state, frozen = lora
+    _, metrics = step(state, frozen, BATCH)
+    logits = model.apply({"params": merge_params(state.adapter, frozen)}, BATCH)
+    nats, hits = cross_entropy(logits, BATCH["decoder_target_tokens"])
+    targets = BATCH["decoder_loss_weights"] > 0
+    assert 0 < targets.sum() < (BATCH["decoder_segment_ids"] > 0).sum()
+    np.testing.assert_allclose(metrics["loss"], nats[targets].mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["accuracy"], hits[targets].mean(), rtol=1e-6)
+    assert metrics["target_tokens"] == targets.sum()
+    assert metrics["tokens"] == (BATCH["decoder_segment_ids"] > 0).sum()
+    assert metrics["auxiliary_loss"] == 0
+    np.testing.assert_allclose(metrics["learning_rate"], 0.01)
+    assert not any(name.startswith("router/") for name in metrics)
+
+
+def test_fractional_weights_weigh(lora):
+    model, step, state, frozen = lora
+    rng = np.random.default_rng(0)
+    weights = BATCH["decoder_loss_weights"] * rng.uniform(0.5, 2.0, (4, 8)).astype(np.float32)
+    _, metrics = step(state, frozen, BATCH | {"decoder_loss_weights": weights})
+    logits = model.apply({"params": merge_params(state.adapter, frozen)}, BATCH)
+    nats, _ = cross_entropy(logits, BATCH["decoder_target_tokens"])
+    np.testing.assert_allclose(metrics["loss"], (nats * weights).sum() / weights.sum(), rtol=1e-5)
+
+
+def test_what_carries_no_loss_has_no_influence(lora):
+    _, step, state, frozen = lora
+    before = step(state, frozen, BATCH)
+    silent = BATCH["decoder_loss_weights"] == 0
+    other = np.where(silent, 1, BATCH["decoder_target_tokens"])
+    assert np.any(other != BATCH["decoder_target_tokens"])
+    after = step(state, frozen, BATCH | {"decoder_target_tokens": other})
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+@pytest.mark.parametrize("which", ["lora", "sira"])
+def test_batch_without_targets_gives_no_loss_and_no_nan(which, request):
+    _, step, state, frozen = request.getfixturevalue(which)
+    empty = BATCH | {"decoder_loss_weights": np.zeros((4, 8), np.float32)}
+    new_state, metrics = step(state, frozen, empty)
+    assert metrics["loss"] == 0
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((new_state, metrics)))
+    padding = jax.tree.map(np.zeros_like, BATCH)
+    new_state, metrics = step(state, frozen, padding)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((new_state, metrics)))
+    assert metrics["gradient_norm"] == 0
+    jax.tree.map(np.testing.assert_array_equal, new_state.adapter, state.adapter)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize(
+    ("chunk_size", "weights"),
+    [
+        (1, [1, 0, 1, 1, 0, 0, 1]),
+        (3, [1, 0, 1, 1, 0, 0, 1]),
+        (5, [0, 0, 0.5, 2, 0, 0, 0]),
+        (7, [1, 1, 1, 1, 1, 1, 1]),
+        (64, [0, 1, 0, 0, 0, 0, 1]),
+        (3, [0, 0, 0, 0, 0, 0, 0]),
+    ],
+)
+def test_chunked_loss_equals_the_whole(tie, chunk_size, weights):
+    model = Decoder(decoder_config(tie_embeddings=tie))
+    params = decoder_params(model)
+    rng = np.random.default_rng(1)
+    features = rng.normal(size=(1, 7, 8)).astype(np.float32)
+    batch = {
+        "decoder_target_tokens": rng.integers(0, 23, (1, 7)),
+        "decoder_loss_weights": np.asarray([weights], np.float32),
+    }
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(size, features, params):
+        def total(features, params):
+            nats, right = token_losses(model, params, features, batch, size)
+            return jnp.sum(nats * jnp.arange(1.0, 8.0)), (nats, right)
+
+        return jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(features, params)
+
+    whole, chunked = both(0, features, params), both(chunk_size, features, params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), chunked, whole
+    )
+    nats, _ = cross_entropy(
+        model.apply({"params": params}, features, method="logits"), batch["decoder_target_tokens"]
+    )
+    np.testing.assert_allclose(whole[0][1][0], nats * weights, rtol=1e-5, atol=1e-6)
+
+
+def adapter_gradient(step, state, frozen, batch):
+    """AdamW's first moment after one step is a tenth of the gradient."""
+    new_state, metrics = step(state, frozen, batch)
+    mu = next(part.mu for part in new_state.optimizer if hasattr(part, "mu"))
+    return jax.tree.map(lambda leaf: np.asarray(leaf) * 10, mu), metrics
+
+
+def moved(state):
+    """The state with a B that is not zero, so that every gradient is."""
+    rng = np.random.default_rng(5)
+    adapter = jax.tree.map(
+        lambda leaf: leaf + rng.normal(scale=0.3, size=leaf.shape).astype(np.float32), state.adapter
+    )
+    return state.replace(adapter=adapter)
+
+
+@pytest.mark.parametrize("options", [{}, {"loss_chunk_size": 3}])
+def test_accumulated_gradient_is_the_whole_batchs(lora, options):
+    """The rows have 4, 5, 2 and 1 target tokens: microbatches must be weighed by them."""
+    _, whole, state, frozen = lora
+    _, parts, _, _ = build(LORA, accumulation_steps=4, **options)
+    assert len(set(BATCH["decoder_loss_weights"].sum(axis=1))) == 4
+    expected, metrics = adapter_gradient(whole, moved(state), frozen, BATCH)
+    got, accumulated = adapter_gradient(parts, moved(state), frozen, BATCH)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, expected)
+    assert set(accumulated) == set(metrics)
+    for name in metrics:
+        np.testing.assert_allclose(accumulated[name], metrics[name], rtol=1e-5)
+
+
+def test_accumulation_with_routers(sira):
+    """Groups are rows, so routing does not see the microbatches; auxiliary losses are averaged."""
+    model, whole, state, frozen = sira
+    _, parts, _, _ = build(SIRA, accumulation_steps=2)
+    state = moved(state)
+    _, metrics = whole(state, frozen, BATCH)
+    _, accumulated = parts(state, frozen, BATCH)
+    for name in ("loss", "accuracy", "tokens", "target_tokens"):
+        np.testing.assert_allclose(accumulated[name], metrics[name], rtol=1e-5)
+    losses = []
+    for half in (slice(0, 2), slice(2, 4)):
+        part = {name: values[half] for name, values in BATCH.items()}
+        _, sown = model.apply(
+            {"params": merge_params(state.adapter, frozen)},
+            part,
+            deterministic=False,
+            mutable=["losses"],
+        )
+        losses.append(auxiliary_loss(sown["losses"]))
+    np.testing.assert_allclose(accumulated["auxiliary_loss"], np.mean(losses), rtol=1e-5)
+
+
+def test_auxiliary_loss_is_the_mean_over_adapters():
+    sown = {
+        "layers": {"q": {"router": (jnp.asarray([1.0, 2.0, 3.0]),)}},
+        "other": {"router": (jnp.asarray(6.0),)},
+    }
+    assert auxiliary_loss(sown) == 3.0
+    assert auxiliary_loss({}) == 0.0
+
+
+def test_router_summary_counts_over_layers(sira):
+    model, step, state, frozen = sira
+    state = moved(state)
+    _, metrics = step(state, frozen, BATCH)
+    _, sown = model.apply(
+        {"params": merge_params(state.adapter, frozen)},
+        BATCH,
+        deterministic=False,
+        mutable=["metrics"],
+    )
+    stats = [
+        sown["metrics"]["layers"][module][name]["adapter"]["router"][0]
+        for module, name in (("attention", "q"), ("mlp", "down"))
+    ]
+    dropped = sum(float(one.dropped_pairs.sum()) for one in stats)
+    selected = sum(float(one.selected_pairs.sum()) for one in stats)
+    entropy = sum(float(one.entropy_sum.sum()) for one in stats)
+    tokens = sum(float(one.tokens.sum()) for one in stats)
+    assert dropped > 0
+    np.testing.assert_allclose(metrics["router/dropped_share"], dropped / selected, rtol=1e-5)
+    np.testing.assert_allclose(metrics["router/gate_entropy"], entropy / tokens, rtol=1e-5)
+    assert router_summary({}) == {}
+
+
+@pytest.mark.parametrize("which", ["lora", "sira"])
+def test_trained_leaves_all_move_and_frozen_ones_do_not(which, request):
+    _, step, state, frozen = request.getfixturevalue(which)
+    before = jax.tree.map(np.array, frozen)
+    first, _ = step(state, frozen, BATCH)
+    second, metrics = step(first, frozen, BATCH)
+    jax.tree.map(np.testing.assert_array_equal, frozen, before)
+    assert int(second.step) == 2
+    assert metrics["gradient_norm"] > 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(second.adapter):
+        name, start = path[-1].key, state.adapter
+        for entry in path:
+            start = start[entry.key]
+        for layer in range(2):
+            assert np.any(leaf[layer] != start[layer]), path
+        if which == "lora" and name == "lora_a":
+            # A has no gradient while B is zero, so the first step leaves it.
+            fresh = first.adapter
+            for entry in path:
+                fresh = fresh[entry.key]
+            np.testing.assert_array_equal(fresh, start)
+
+
+@pytest.mark.parametrize(("which", "adapter"), [("lora", LORA), ("sira", SIRA)])
+def test_state_holds_nothing_of_the_base(which, adapter, request):
+    _, _, state, frozen = request.getfixturevalue(which)
+    sizes = {"q": (8, 16), "v": (8, 8), "down": (12, 8)}
+    names = [name for name in sizes if adapter.for_projection(name)]
+    expected = 2 * sum(adapter.count_parameters(*sizes[name]) for name in names)
+    assert count(state.adapter) == expected
+    # AdamW's two moments; besides them counters of steps.
+    counters = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim == 0]
+    assert count(state.optimizer) == 2 * expected + len(counters)
+    assert not any(
+        leaf is kernel for kernel in jax.tree.leaves(frozen) for leaf in jax.tree.leaves(state)
+    )
+
+
+def test_no_gradient_of_the_base_is_ever_held():
+    """Growing the base's vocabulary by 4096 rows grows the step's arguments and nothing else.
+
+    The logits' arrays do grow with the vocabulary, so they are computed in chunks of one position.
+    """
+    results = {}
+    for vocab in (64, 64 + 4096):
+        config = decoder_config(vocab_size=vocab, tie_embeddings=True)
+        model = Decoder(config, LoRAConfig(rank=1, targets="q"))
+        optimizer = make_optimizer(OPTIMIZER, 10)
+        step = make_train_step(
+            model, optimizer, make_schedule(OPTIMIZER, 10), seed=0, loss_chunk_size=1
+        )
+        trained, frozen = split_params(decoder_params(model))
+        state = TrainState(step=jnp.int32(0), adapter=trained, optimizer=optimizer.init(trained))
+        small = {name: values[:1, :2] for name, values in BATCH.items()}
+        compiled = jax.jit(step, donate_argnums=0).lower(state, frozen, small).compile()
+        results[vocab] = (compiled.memory_analysis(), count(frozen) * 4)
+    (few, few_bytes), (many, many_bytes) = results.values()
+    grown = many_bytes - few_bytes
+    assert grown == 4096 * 8 * 4
+    assert many.argument_size_in_bytes - few.argument_size_in_bytes == grown
+    assert many.output_size_in_bytes == few.output_size_in_bytes
+    # A gradient would be `grown`; a chunk's logits and their gradient are some rows of 4096 numbers.
+    assert many.temp_size_in_bytes - few.temp_size_in_bytes < grown
+
+
+def test_state_is_donated(lora):
+    model, _, state, frozen = lora
+    optimizer = make_optimizer(OPTIMIZER, 10)
+    step = make_train_step(model, optimizer, make_schedule(OPTIMIZER, 10), seed=0)
+    state = jax.tree.map(jnp.array, state)
+    compiled = jax.jit(step, donate_argnums=0).lower(state, frozen, BATCH).compile()
+    memory = compiled.memory_analysis()
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert memory.alias_size_in_bytes == held
+    compiled(state, frozen, BATCH)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def test_keys_differ_by_seed_step_microbatch_and_purpose():
+    keys = [
+        jax.random.key_data(key).tobytes()
+        for seed, step, microbatch in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))
+        for key in step_rngs(seed, step, microbatch).values()
+    ]
+    assert len(set(keys)) == len(keys) == 8
+    again = step_rngs(0, jnp.int32(1), jnp.int32(0))["dropout"]
+    assert jnp.array_equal(
+        jax.random.key_data(again), jax.random.key_data(step_rngs(0, 1, 0)["dropout"])
+    )
+
+
+def test_dropout_follows_the_step_and_the_microbatch():
+    """Equal rows in all microbatches, of a model whose dropout bites, have different losses."""
+    adapter = LoRAConfig(rank=2, dropout_rate=0.5, targets="q")
+    _, step, state, frozen = build(adapter)
+    state = moved(state)
+    one, same = step(state, frozen, BATCH)[1], step(state, frozen, BATCH)[1]
+    later = step(state.replace(step=jnp.int32(1)), frozen, BATCH)[1]
+    assert one["loss"] == same["loss"]
+    assert one["loss"] != later["loss"]
+
+
+def test_split_and_merge_are_inverse():
+    params = decoder_params(Decoder(decoder_config(), SIRA))
+    trained, frozen = split_params(params)
+    assert count(trained) + count(frozen) == count(params)
+    paths = [
+        [entry.key for entry in path] for path, _ in jax.tree_util.tree_leaves_with_path(trained)
+    ]
+    assert len(paths) == 6
+    assert all("adapter" in path for path in paths)
+    jax.tree.map(np.testing.assert_array_equal, merge_params(trained, frozen), params)
+
+
+def test_init_adapter_is_the_models_own_initialisation():
+    model = Decoder(decoder_config(), SIRA)
+    adapter = init_adapter(model, 3)
+    boxes = split_params(abstract_params(model))[0]
+    shapes = jax.tree.map(lambda box: box.value.shape, boxes, is_leaf=lambda x: hasattr(x, "names"))
+    assert jax.tree.map(lambda leaf: leaf.shape, adapter) == shapes
+    down = adapter["layers"]["mlp"]["down"]["adapter"]
+    assert not np.any(down["lora_b"])
+    assert np.any(down["router"][0] != down["router"][1])
+    jax.tree.map(np.testing.assert_array_equal, init_adapter(model, 3), adapter)
+    other = init_adapter(model, 4)["layers"]["mlp"]["down"]["adapter"]
+    assert np.any(other["router"] != down["router"])
