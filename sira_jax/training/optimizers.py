@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules from their configs, through optax."""
 
+import jax.numpy as jnp
 import optax
 
 from sira_jax.training.config import OptimizerConfig
@@ -21,7 +22,8 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
         start = max(1, warmup)
 
         def decay(step):
-            return peak * (start / (start + step)) ** 0.5
+            # Also asked during the warm-up, with negative steps, though not used there.
+            return peak * (start / (start + jnp.maximum(step, 0))) ** 0.5
 
     if warmup == 0:
         return decay

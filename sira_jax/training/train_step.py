@@ -6,6 +6,7 @@ ever made for.
 Axis letters: B batch, T length, N = B * T positions, D width, V vocabulary, A microbatches of a step.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -60,13 +61,13 @@ def token_losses(
         values = jnp.pad(values[order_N], [(0, padding)] + [(0, 0)] * (values.ndim - 1))
         return values.reshape(-1, chunk_size, *values.shape[1:])
 
+    # Recomputing the logits in the backward pass costs one more product and saves holding them. Around the body and
+    # not around the branch: what a branch saves, the vocabulary table too, would be stacked for all chunks.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
     def one_chunk(_, chunk):
-        # Recomputing the logits in the backward pass costs one more product and saves holding them.
         zeros = jnp.zeros(chunk_size, jnp.float32)
         has_loss = jnp.any(chunk[2] != 0)
-        return None, jax.lax.cond(
-            has_loss, jax.checkpoint(losses), lambda *_: (zeros, zeros), *chunk
-        )
+        return None, jax.lax.cond(has_loss, losses, lambda *_: (zeros, zeros), *chunk)
 
     parts = (chunks(features_ND), chunks(targets_N), chunks(weights_N))
     _, results = jax.lax.scan(one_chunk, None, parts)
@@ -97,19 +98,26 @@ def router_stats(sown: Mapping[str, Any]) -> list[RouterStats]:
     return [x for x in jax.tree.leaves(sown, is_leaf=is_stats) if is_stats(x)]
 
 
-def router_summary(sown: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Dropped share, gate entropy and confidence over all routers of the model; empty without routers."""
+_ROUTER_SUMS = ("dropped_pairs", "selected_pairs", "entropy_sum", "confidence_sum", "tokens")
+
+
+def router_sums(sown: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Sums over all routers of the model, which add up over microbatches; empty without routers."""
     stats = router_stats(sown)
     if not stats:
         return {}
-    dropped, selected, entropy, confidence, tokens = (
-        sum(jnp.sum(getattr(one, name)) for one in stats)
-        for name in ("dropped_pairs", "selected_pairs", "entropy_sum", "confidence_sum", "tokens")
-    )
+    return {name: sum(jnp.sum(getattr(one, name)) for one in stats) for name in _ROUTER_SUMS}
+
+
+def router_summary(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Dropped share, gate entropy (nats) and confidence from `router_sums`; empty from nothing."""
+    if not sums:
+        return {}
+    tokens = jnp.maximum(sums["tokens"], 1.0)
     return {
-        "router/dropped_share": dropped / jnp.maximum(selected, 1.0),
-        "router/gate_entropy": entropy / jnp.maximum(tokens, 1.0),
-        "router/confidence": confidence / jnp.maximum(tokens, 1.0),
+        "router/dropped_share": sums["dropped_pairs"] / jnp.maximum(sums["selected_pairs"], 1.0),
+        "router/gate_entropy": sums["entropy_sum"] / tokens,
+        "router/confidence": sums["confidence_sum"] / tokens,
     }
 
 
@@ -150,8 +158,7 @@ def make_train_step(
             "accuracy": right / total_weight,
             "auxiliary_loss": auxiliary,
         }
-        summary = router_summary(sown.get("metrics", {}))
-        metrics |= {name: value / accumulation_steps for name, value in summary.items()}
+        metrics["router"] = router_sums(sown.get("metrics", {}))
         return nats / total_weight + auxiliary, metrics
 
     def step(state: TrainState, frozen: Any, batch: Batch):
@@ -166,6 +173,7 @@ def make_train_step(
             grads, metrics = gradient(batch, 0)
         else:
             grads, metrics = _accumulate(gradient, batch, accumulation_steps)
+        metrics |= router_summary(metrics.pop("router"))
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.adapter)
         metrics |= {
             "gradient_norm": optax.global_norm(grads),

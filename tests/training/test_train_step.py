@@ -26,7 +26,7 @@ from sira_jax.training.train_step import (
     step_rngs,
     token_losses,
 )
-from tests.tiny import decoder_config, decoder_params, make_batch
+from tests.tiny import decoder_config, decoder_params, make_batch, shapes_of
 
 LORA = LoRAConfig(rank=2, targets=("q", "v", "down"))
 SIRA = SiRAConfig(
@@ -152,14 +152,14 @@ def test_chunked_loss_equals_the_whole(tie, chunk_size, weights):
     }
 
     @functools.partial(jax.jit, static_argnums=0)
-    def both(size, features, params):
+    def both(size, features, params, batch):
         def total(features, params):
             nats, right = token_losses(model, params, features, batch, size)
             return jnp.sum(nats * jnp.arange(1.0, 8.0)), (nats, right)
 
         return jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(features, params)
 
-    whole, chunked = both(0, features, params), both(chunk_size, features, params)
+    whole, chunked = (both(size, features, params, batch) for size in (0, chunk_size))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), chunked, whole
     )
@@ -292,31 +292,51 @@ def test_state_holds_nothing_of_the_base(which, adapter, request):
     )
 
 
-def test_no_gradient_of_the_base_is_ever_held():
-    """Growing the base's vocabulary by 4096 rows grows the step's arguments and nothing else.
+def compiled_memory(length, loss_chunk_size, **sizes):
+    """Memory of a compiled step on one row, and the bytes of the base, without any array made."""
+    model = Decoder(decoder_config(**sizes), LoRAConfig(rank=1, targets="q"))
+    optimizer = make_optimizer(OPTIMIZER, 10)
+    schedule = make_schedule(OPTIMIZER, 10)
+    step = make_train_step(model, optimizer, schedule, seed=0, loss_chunk_size=loss_chunk_size)
+    trained, frozen = split_params(
+        shapes_of(model, {"decoder_input_tokens": jnp.zeros((1, 2), int)})
+    )
+    state = TrainState(
+        step=jnp.int32(0), adapter=trained, optimizer=jax.eval_shape(optimizer.init, trained)
+    )
+    batch = make_batch([(length,)], length)
+    compiled = jax.jit(step, donate_argnums=0).lower(state, frozen, batch).compile()
+    return compiled.memory_analysis(), 4 * count(frozen)
 
-    The logits' arrays do grow with the vocabulary, so they are computed in chunks of one position.
+
+@pytest.mark.parametrize("grown", ["mlp_dim", "vocab_size"])
+def test_no_gradient_of_the_base_is_ever_held(grown):
+    """A larger base makes the step's arguments larger, but its results not at all.
+
+    A gradient or moment of the grown part would show in the temporary memory as at least its size.
+    Two tokens keep the activations, which grow as well, small beside it; of four layers the
+    compiler copies one at a time.
     """
-    results = {}
-    for vocab in (64, 64 + 4096):
-        config = decoder_config(vocab_size=vocab, tie_embeddings=True)
-        model = Decoder(config, LoRAConfig(rank=1, targets="q"))
-        optimizer = make_optimizer(OPTIMIZER, 10)
-        step = make_train_step(
-            model, optimizer, make_schedule(OPTIMIZER, 10), seed=0, loss_chunk_size=1
-        )
-        trained, frozen = split_params(decoder_params(model))
-        state = TrainState(step=jnp.int32(0), adapter=trained, optimizer=optimizer.init(trained))
-        small = {name: values[:1, :2] for name, values in BATCH.items()}
-        compiled = jax.jit(step, donate_argnums=0).lower(state, frozen, small).compile()
-        results[vocab] = (compiled.memory_analysis(), count(frozen) * 4)
-    (few, few_bytes), (many, many_bytes) = results.values()
-    grown = many_bytes - few_bytes
-    assert grown == 4096 * 8 * 4
-    assert many.argument_size_in_bytes - few.argument_size_in_bytes == grown
+    sizes = {"emb_dim": 64, "num_layers": 4}
+    few, few_bytes = compiled_memory(2, 0, **sizes, **{grown: 16})
+    many, many_bytes = compiled_memory(2, 0, **sizes, **{grown: 16 + 2048})
+    parameters = {"mlp_dim": 4 * 3, "vocab_size": 1}[grown] * 2048 * 64
+    assert many_bytes - few_bytes == 4 * parameters
+    assert many.argument_size_in_bytes - few.argument_size_in_bytes == 4 * parameters
     assert many.output_size_in_bytes == few.output_size_in_bytes
-    # A gradient would be `grown`; a chunk's logits and their gradient are some rows of 4096 numbers.
-    assert many.temp_size_in_bytes - few.temp_size_in_bytes < grown
+    assert many.temp_size_in_bytes - few.temp_size_in_bytes < 0.5 * 4 * parameters
+
+
+def test_chunked_loss_holds_neither_all_logits_nor_the_table_for_each_chunk():
+    table = 4 * 4096 * 64
+    sizes = {"vocab_size": 4096, "emb_dim": 64, "num_layers": 1}
+    few, many, whole = (
+        compiled_memory(*case, **sizes)[0].temp_size_in_bytes
+        for case in ((32, 16), (256, 16), (256, 0))
+    )
+    # From 2 to 16 chunks: the activations of 224 positions come on top, at under 2 kB each.
+    assert many - few < 0.75 * table
+    assert many < 0.5 * whole
 
 
 def test_state_is_donated(lora):
