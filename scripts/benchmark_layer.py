@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from sira_jax.routing import RoutingConfig, mix_experts
+from sira_jax.routing import RoutingConfig, mix_experts, project
 
 ALGORITHMS = ("einsum", "masked", "ragged", "auto")
 
@@ -22,8 +22,8 @@ def _frozen(adapter, x_GSD, kernel_DF):
 
 
 def _lora(adapter, x_GSD, kernel_DF):
-    delta_GSF = (x_GSD @ adapter["lora_a"]) @ adapter["lora_b"]
-    return x_GSD @ kernel_DF + 2.0 * delta_GSF
+    delta_GSF = project(2.0 * project(x_GSD, adapter["lora_a"]), adapter["lora_b"])
+    return x_GSD @ kernel_DF + delta_GSF
 
 
 def _sira(config: RoutingConfig) -> Callable:

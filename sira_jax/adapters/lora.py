@@ -18,6 +18,7 @@ from sira_jax.adapters.base import (
     AdapterFlops,
     lora_a_init,
 )
+from sira_jax.routing import project
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,8 @@ class LoRA(nn.Module):
             (rank, d_out),
         )
         x_BTD = nn.Dropout(self.config.dropout_rate)(x_BTD, deterministic=context.deterministic)
-        h_BTR = x_BTD @ lora_a_DR.astype(x_BTD.dtype)
+        h_BTR = project(x_BTD, lora_a_DR.astype(x_BTD.dtype))
         # Scaling here, at width R, spares a pass over the (B, T, F) output.
-        delta_BTF = (h_BTR * self.config.scale) @ lora_b_RF.astype(x_BTD.dtype)
+        h_BTR = (h_BTR * self.config.scale).astype(x_BTD.dtype)
+        delta_BTF = project(h_BTR, lora_b_RF.astype(x_BTD.dtype))
         return y_BTF + delta_BTF.astype(y_BTF.dtype)

@@ -6,6 +6,7 @@ from sira_jax.routing.dispatch import apply_experts, choose_algorithm, mix_exper
 from sira_jax.routing.grouping import group_tokens, ungroup
 from sira_jax.routing.losses import load_balance_loss, router_z_loss
 from sira_jax.routing.metrics import RouterStats, router_metrics, router_stats
+from sira_jax.routing.products import project
 from sira_jax.routing.router import Routing, route, router_logits
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "group_tokens",
     "load_balance_loss",
     "mix_experts",
+    "project",
     "route",
     "router_logits",
     "router_metrics",

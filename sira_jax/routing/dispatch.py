@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from sira_jax.errors import check
 from sira_jax.routing.capacity import expert_capacity
 from sira_jax.routing.config import DISPATCH_ALGORITHMS, RoutingConfig
+from sira_jax.routing.products import project
 from sira_jax.routing.router import Routing, route, router_logits
 
 # `choose_algorithm`: joined ranks up to this share of the width are computed in full, as a product
@@ -107,7 +108,7 @@ def mix_experts(
     is_joined = algorithm == "masked" and expert_input_GSD is None and x_GSD.dtype == jnp.float32
     if is_joined:
         weights_DM = jnp.concatenate([_join_ranks(lora_a_EDR), router_DE], axis=1)
-        joined_GSM = _project(x_GSD, weights_DM, precision=jax.lax.Precision.HIGHEST)
+        joined_GSM = project(x_GSD, weights_DM, precision=jax.lax.Precision.HIGHEST)
         hidden_GSM, logits_GSE = jnp.split(joined_GSM, [num_experts * rank], axis=-1)
     else:
         logits_GSE = router_logits(x_GSD, router_DE)
@@ -166,7 +167,7 @@ def apply_experts(
         return _einsum_experts(x_GSD, routing, lora_a_EDR, lora_b_ERF)
     if algorithm == "ragged":
         return _ragged_experts(x_GSD, routing, lora_a_EDR, lora_b_ERF)
-    hidden_GSM = _project(x_GSD, _join_ranks(lora_a_EDR))
+    hidden_GSM = project(x_GSD, _join_ranks(lora_a_EDR))
     return _masked_output(hidden_GSM, routing, lora_b_ERF, x_GSD.dtype)
 
 
@@ -185,17 +186,6 @@ def _check_shapes(x_GSD, router_shape, lora_a_EDR, lora_b_ERF):
         lora_b_ERF.shape,
         f"({num_experts} experts, rank {rank}, features)",
     )
-
-
-def _project(x_GSD: jax.Array, kernel_DM: jax.Array, **options) -> jax.Array:
-    """Returns x_GSD @ kernel_DM, accumulated in float32.
-
-    Tokens are on one axis, since XLA's CPU backend transposes a copy of the whole cotangent for the
-    gradient of the kernel if two axes are summed over.
-    """
-    x_ND = x_GSD.reshape(-1, x_GSD.shape[-1])
-    y_NM = jnp.dot(x_ND, kernel_DM, preferred_element_type=jnp.float32, **options)
-    return y_NM.reshape(*x_GSD.shape[:-1], -1)
 
 
 def _dot(equation: str, *operands: jax.Array) -> jax.Array:
@@ -218,7 +208,7 @@ def _masked_output(
     hidden_GSER = hidden_GSM.reshape(num_groups, group_size, num_experts, rank)
     gated_GSM = (hidden_GSER * routing.gates_GSE[..., None]).reshape(hidden_GSM.shape)
     lora_b_MF = lora_b_ERF.reshape(joined_ranks, d_out)
-    return _project(gated_GSM.astype(dtype), lora_b_MF.astype(dtype)).astype(dtype)
+    return project(gated_GSM.astype(dtype), lora_b_MF.astype(dtype)).astype(dtype)
 
 
 def _einsum_experts(x_GSD, routing, lora_a_EDR, lora_b_ERF):
@@ -227,10 +217,11 @@ def _einsum_experts(x_GSD, routing, lora_a_EDR, lora_b_ERF):
     is_place_GSEC = routing.position_GSE[..., None] == jnp.arange(places)
     dispatch_GSEC = is_place_GSEC & routing.kept_GSE[..., None]
     combine_GSEC = jnp.where(dispatch_GSEC, routing.gates_GSE[..., None], 0.0)
-    expert_in_GECD = _dot("gsec,gsd->gecd", dispatch_GSEC.astype(x_GSD.dtype), x_GSD)
-    hidden_GECR = _dot("gecd,edr->gecr", expert_in_GECD.astype(x_GSD.dtype), lora_a_EDR)
-    expert_out_GECF = _dot("gecr,erf->gecf", hidden_GECR.astype(x_GSD.dtype), lora_b_ERF)
-    return _dot("gsec,gecf->gsf", combine_GSEC, expert_out_GECF).astype(x_GSD.dtype)
+    # Experts lead the axes here: XLA's CPU backend lacks bfloat16 products with a batch axis inside.
+    expert_in_EGCD = _dot("gsec,gsd->egcd", dispatch_GSEC.astype(x_GSD.dtype), x_GSD)
+    hidden_EGCR = _dot("egcd,edr->egcr", expert_in_EGCD.astype(x_GSD.dtype), lora_a_EDR)
+    expert_out_EGCF = _dot("egcr,erf->egcf", hidden_EGCR.astype(x_GSD.dtype), lora_b_ERF)
+    return _dot("gsec,egcf->gsf", combine_GSEC, expert_out_EGCF).astype(x_GSD.dtype)
 
 
 def _ragged_experts(x_GSD, routing, lora_a_EDR, lora_b_ERF):
@@ -255,5 +246,8 @@ def _ragged_experts(x_GSD, routing, lora_a_EDR, lora_b_ERF):
     return delta_NF.reshape(*x_GSD.shape[:2], -1)
 
 
-def _ragged_dot(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    return jax.lax.ragged_dot(lhs, rhs, group_sizes, preferred_element_type=jnp.float32)
+def _ragged_dot(lhs_PD: jax.Array, rhs_EDF: jax.Array, pairs_E: jax.Array) -> jax.Array:
+    # `ragged_dot` maps over a batch only if all its operands have the batch axis, so under `vmap`
+    # of the tokens this gives it to the kernels; else the compiler removes the integer zero.
+    rhs_EDF = rhs_EDF + (pairs_E[0] * 0).astype(rhs_EDF.dtype)
+    return jax.lax.ragged_dot(lhs_PD, rhs_EDF, pairs_E, preferred_element_type=jnp.float32)

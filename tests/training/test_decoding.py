@@ -4,7 +4,6 @@ import functools
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -300,12 +299,12 @@ def test_one_beam_is_greedy(frozen, expected, eos):
 
 
 def test_beams_of_layers_apart_and_of_batches_agree():
-    model, params = build(SIRA)
+    model, params = build(LORA)
     config = DecodeConfig(strategy="beam", num_beams=3, max_new_tokens=4, batch_size=5)
     together = generate(model, params, PROMPTS, config, eos_ids=(4,))
     alone = DecodeConfig(strategy="beam", num_beams=3, max_new_tokens=4, batch_size=1)
     assert generate(model, params, PROMPTS, alone, eos_ids=(4,)) == together
-    apart = Decoder(decoder_config(scan_layers=False), SIRA)
+    apart = Decoder(decoder_config(scan_layers=False), LORA)
     layers = {
         f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(2)
     }
@@ -317,15 +316,19 @@ def test_cached_logits_are_those_of_a_full_pass(frozen):
     """Not only their argmax: prompt in one call, then token by token."""
     model, params = frozen
     tokens = np.asarray([PROMPTS[2], PROMPTS[2][::-1]], np.int32)
-    full = model.apply({"params": params}, {"decoder_input_tokens": tokens})
-    batch = {"decoder_input_tokens": tokens[:, :3]}
-    y, cache = model.apply({"params": params}, batch, cache_length=9, mutable=["cache"])
+    full = jax.jit(model.apply)({"params": params}, {"decoder_input_tokens": tokens})
+
+    @jax.jit
+    def feed(variables, batch):
+        return model.apply(variables, batch, cache_length=9, mutable=["cache"])
+
+    y, cache = feed({"params": params}, {"decoder_input_tokens": tokens[:, :3]})
     parts = [y]
     for t in range(3, 7):
         batch = {
             "decoder_input_tokens": tokens[:, t : t + 1],
-            "decoder_positions": jnp.full((2, 1), t),
+            "decoder_positions": np.full((2, 1), t),
         }
-        y, cache = model.apply({"params": params} | cache, batch, cache_length=9, mutable=["cache"])
+        y, cache = feed({"params": params} | cache, batch)
         parts.append(y)
     np.testing.assert_allclose(np.concatenate(parts, axis=1), full, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,24 @@
+"""The products of tokens with a small trained matrix.
+
+Axis letters: N tokens, D features in, F features out.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def project(x: jax.Array, kernel_DF: jax.Array, **options) -> jax.Array:
+    """x (..., D) times a kernel (D, F): (..., F) in float32, accumulated in float32.
+
+    Tokens are put on one axis, since XLA's CPU backend writes out a transposed copy of the whole cotangent for the gradient
+    of the kernel where two axes are summed over: for a narrow kernel that takes longer than the products.
+
+    Args:
+      x: tokens, any number of axes before the last.
+      kernel_DF: the kernel, of x's type.
+      **options: of jnp.dot, such as precision.
+    """
+    y_NF = jnp.dot(
+        x.reshape(-1, x.shape[-1]), kernel_DF, preferred_element_type=jnp.float32, **options
+    )
+    return y_NF.reshape(*x.shape[:-1], -1)
