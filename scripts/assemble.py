@@ -13,6 +13,8 @@ import jax
 from ml_collections import ConfigDict
 
 import tasks
+from sira_jax.adapters import AdapterConfig
+from sira_jax.adapters.base import PATHS
 from sira_jax.checkpoints import BaseModel, fingerprint, load_base_model, read_base_model
 from sira_jax.errors import CheckpointError, ConfigError, check
 from sira_jax.models import Decoder
@@ -42,7 +44,7 @@ def read_experiment(config: ConfigDict | None, workdir: str | None) -> Experimen
         raise ConfigError(
             f"--workdir={workdir}: has no {loop.CONFIG_FILE}; give --config"
         ) from None
-    except (json.JSONDecodeError, KeyError, TypeError, OSError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
 
 
@@ -116,6 +118,13 @@ class Plan:
             data.sequence_length,
             f"at most the model's {limit} positions",
         )
+        new_tokens = experiment.decode.max_new_tokens
+        check(
+            new_tokens < limit,
+            "decode.max_new_tokens",
+            new_tokens,
+            f"fewer than the model's {limit} positions",
+        )
         special = self.base.special
         self.eos_ids = tuple(special.eos_ids)
         if self.vocabulary.eos_id is not None and self.vocabulary.eos_id not in self.eos_ids:
@@ -128,14 +137,8 @@ class Plan:
             bos_token=self._token_text(special.bos_id),
             eos_token=self._token_text(self.vocabulary.eos_id),
         )
-        abstract = self.abstract_adapter(self.model(0))
-        targets = experiment.adapter and experiment.adapter.targets
-        check(
-            experiment.adapter is None or bool(abstract),
-            "adapter.targets",
-            targets,
-            "patterns that match at least one projection of the model",
-        )
+        if experiment.adapter is not None:
+            _check_patterns(experiment.adapter)
 
     def _token_text(self, token_id: int | None) -> str:
         return "" if token_id is None else self.vocabulary.id_to_text(token_id)
@@ -292,6 +295,8 @@ def restore_adapter(
       CheckpointError: there is none, it is damaged, or belongs to another base or another adapter.
     """
     experiment = plan.experiment
+    if not workdir:
+        raise ConfigError("--workdir=DIR is needed, a run with an adapter (or --checkpoint=none)")
     directory = Path(workdir) / loop.CHECKPOINTS
     if not directory.is_dir():
         raise CheckpointError(f"--workdir={workdir}: has no checkpoints")
@@ -305,7 +310,7 @@ def restore_adapter(
             step = best if best is not None else steps[-1]
         else:
             check(
-                which.isdigit() and int(which) in steps,
+                which.isdecimal() and int(which) in steps,
                 "--checkpoint",
                 which,
                 f"best, latest or one of the steps {', '.join(map(str, steps))}",
@@ -330,6 +335,16 @@ def mean_scores(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         values = [task[name] for task in scores.values() if name in task]
         means[name] = sum(values) / len(values)
     return means
+
+
+def _check_patterns(adapter: AdapterConfig) -> None:
+    """Raises ConfigError for a target or an override that matches no projection: a misspelt one would just do nothing."""
+    patterns = [("adapter.targets", target) for target in adapter.targets]
+    patterns += [("adapter.overrides", pattern) for pattern, _ in adapter.overrides]
+    for field, pattern in patterns:
+        alone = dataclasses.replace(adapter, targets=(pattern,), overrides=())
+        matches = any(alone.for_projection(path) for path in PATHS)
+        check(matches, field, pattern, f"it matches no projection, which are {', '.join(PATHS)}")
 
 
 def _make_vocabulary(spec: str, base: BaseModel) -> tasks.vocabularies.Vocabulary:

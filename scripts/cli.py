@@ -1,17 +1,62 @@
 """What the scripts' command lines share: errors of the user in one line, readable --help, config flags."""
 
+import difflib
 import os
+import re
+import runpy
+import select
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
+from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags import tuple_parser
 
-from sira_jax.errors import SiraError
+from sira_jax.errors import ConfigError, SiraError
 
 USER_ERROR = 2
+
+
+class _OrNone(flags.ArgumentParser):
+    """Reads None besides what `parser` reads; the config's own checks say which fields may be None."""
+
+    def __init__(self, parser: flags.ArgumentParser, allowed: str):
+        self._parser, self._allowed = parser, allowed
+        self.syntactic_help = parser.syntactic_help
+
+    def parse(self, argument: Any) -> Any:
+        if argument == "None":
+            return None
+        try:
+            return self._parser.parse(argument)
+        except (TypeError, ValueError):
+            raise ValueError(f"not {self._allowed}") from None
+
+    def flag_type(self) -> str:
+        return self._parser.flag_type()
+
+
+class _Names(tuple_parser.TupleParser):
+    """Reads NAME,NAME besides Python's own notation of tuples."""
+
+    def parse(self, argument: Any) -> tuple:
+        if isinstance(argument, str) and argument[:1] not in ("(", "[", "{", "'", '"'):
+            return tuple(name.strip() for name in argument.split(","))
+        return super().parse(argument)
+
+
+# How --config.SECTION.FIELD=VALUE is read, by the type of the field's default.
+for _type, _parser in {
+    int: _OrNone(flags.IntegerParser(), "a whole number"),
+    float: _OrNone(flags.FloatParser(), "a number"),
+    bool: _OrNone(flags.BooleanParser(), "true or false"),
+    tuple: _Names(),
+}.items():
+    config_flags.register_flag_parser_for_type(_type, _parser)
 
 
 def run_main(main: Callable[[list[str]], Any], argv: list[str] | None = None) -> None:
@@ -20,9 +65,6 @@ def run_main(main: Callable[[list[str]], Any], argv: list[str] | None = None) ->
     A SiraError, or a mistake in the flags, prints one line `error: ...` on standard error and exits with status 2.
     Whatever else is raised is a defect and keeps its stack trace. The integer `main` returns is the exit status.
     """
-    # Output piped into `head` ends the script quietly, as it does any other command.
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     absl_logging.set_verbosity(absl_logging.ERROR)
 
@@ -35,7 +77,24 @@ def run_main(main: Callable[[list[str]], Any], argv: list[str] | None = None) ->
             print("\ninterrupted", file=sys.stderr)
             return 130
 
-    app.run(guarded, argv=argv, flags_parser=_parse)
+    try:
+        try:
+            app.run(guarded, argv=argv, flags_parser=_parse)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Output piped into `head` ends the script quietly, as it does any other command. The signal is left alone: with its
+        # default action, a write to any closed socket would end a run without a word.
+        if not _output_is_cut_off():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _output_is_cut_off() -> bool:
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _fail(message: str) -> int:
@@ -49,15 +108,61 @@ def _parse(argv: list[str]) -> list[str]:
         _print_help(argv)
         sys.exit(0)
     try:
+        if "config" in flags.FLAGS:
+            _check_config(argv)
         rest = flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
-        # ml_collections reports an unknown field of a config as a KeyError or AttributeError.
-        sys.exit(_fail(f"{error.args[0] if error.args else error} (--help lists the flags)"))
-    except (OSError, ImportError) as error:
-        sys.exit(_fail(f"the config file cannot be read: {error}"))
+    except (flags.Error, ConfigError) as error:
+        sys.exit(_fail(f"{error} (--help lists the flags)"))
     if len(rest) > 1:
         sys.exit(_fail(f"unknown argument {rest[1]!r} (--help lists the flags)"))
     return rest
+
+
+def _config_path(argv: list[str]) -> str | None:
+    """What --config is given, as --config=FILE or --config FILE; None without it."""
+    for argument, following in zip(argv[1:], [*argv[2:], None], strict=True):
+        if match := re.fullmatch(r"--?config(=(.*))?", argument, re.DOTALL):
+            return match[2] if match[1] else following
+    return None
+
+
+def _check_config(argv: list[str]) -> None:
+    """Raises ConfigError for mistakes in the config file and for fields it does not have.
+
+    ml_collections, which reads both after this, reports the first with a stack trace and the second with a bare KeyError.
+    """
+    path = _config_path(argv)
+    if path is None:
+        return
+    file, *arguments = path.split(":", 1)
+    if not os.path.isfile(file):
+        raise ConfigError(f"--config={path}: no such file")
+    try:
+        config = runpy.run_path(file).get("get_config", lambda *_: None)(*arguments)
+    except Exception as error:  # the file is a program, and may raise anything
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+        if isinstance(error, SyntaxError) and error.filename == file:
+            lines = [error.lineno]
+        line = f", line {lines[-1]}" if lines else ""
+        raise ConfigError(f"--config={path}{line}: {type(error).__name__}: {error}") from None
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"--config={path}: needs a function get_config that returns a ConfigDict")
+    for argument in argv[1:]:
+        if match := re.match(r"--?(?:no)?config\.([\w.]+)", argument):
+            _check_field(config, match[1].split("."))
+
+
+def _check_field(config: ConfigDict, names: list[str]) -> None:
+    holder = "config"
+    for name in names:
+        if not isinstance(config, ConfigDict):
+            raise ConfigError(f"--{holder}.{name}: {holder} has no fields")
+        if name not in config:
+            close = difflib.get_close_matches(name, config.keys(), n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            known = ", ".join(config.keys())
+            raise ConfigError(f"--{holder}.{name}: no such field; {hint}{holder} has {known}")
+        config, holder = config[name], f"{holder}.{name}"
 
 
 def _print_help(argv: list[str]) -> None:
@@ -71,7 +176,7 @@ def _print_help(argv: list[str]) -> None:
         default = "" if flag.default in (None, "") else f" (default {flag.default})"
         text = " ".join((flag.help or "").split())
         print(f"  --{flag.name}: {text}{default}")
-    config = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
+    config = _config_path(argv)
     if "config" not in flags.FLAGS:
         return
     if config is None:

@@ -17,6 +17,8 @@ from flax import struct
 from sira_jax.errors import ConfigError, MergeError, check
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+# Where they are in a decoder block, which is what patterns match.
+PATHS = tuple(f"{'attention' if name in 'qkvo' else 'mlp'}/{name}" for name in PROJECTIONS)
 ADAPTER = "adapter"
 Initializer = Callable[..., jax.Array]
 

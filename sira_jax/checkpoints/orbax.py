@@ -4,8 +4,9 @@ The base is named by its fingerprint instead. Saving is asynchronous; a checkpoi
 writes to a temporary name and renames.
 """
 
-import json
-from collections.abc import Mapping
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,14 +139,25 @@ class Checkpointer:
         return self._restore(step, args).adapter
 
     def restore_meta(self, step: int) -> dict[str, Any]:
-        """Returns `meta` of a checkpoint; raises CheckpointError if it cannot be read."""
-        return self._restore(step, ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        """Returns `meta` of a checkpoint; raises CheckpointError if it cannot be read or lacks a field."""
+        meta = self._restore(step, ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        for field, kind in (("config", Mapping), ("base_fingerprint", str)):
+            if not isinstance(meta, Mapping) or not isinstance(meta.get(field), kind):
+                raise CheckpointError(f"{self.path(step)}: cannot be restored: meta has no {field}")
+        return meta
 
     def _restore(self, step: int, args: Any) -> Any:
         try:
-            return self._manager.restore(step, args=args)
-        except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
-            reason = str(error).strip().split("\n")[0][:300]
+            with _late_reads_ignored():
+                return self._manager.restore(step, args=args)
+        except Exception as error:
+            # Where an array cannot be read, Orbax raises Exception itself from the error that says why.
+            if type(error) is not Exception and not isinstance(
+                error, OSError | ValueError | KeyError | TypeError
+            ):
+                raise
+            cause = error.__cause__ if type(error) is Exception and error.__cause__ else error
+            reason = str(cause).strip().split("\n")[0][:300]
             raise CheckpointError(f"{self.path(step)}: cannot be restored: {reason}") from error
 
     def wait(self) -> None:
@@ -155,3 +167,23 @@ class Checkpointer:
     def close(self) -> None:
         """Waits, then frees the threads."""
         self._manager.close()
+
+
+@contextlib.contextmanager
+def _late_reads_ignored() -> Iterator[None]:
+    """Keeps reads that outlive a failed restore from writing stack traces to standard error.
+
+    They report to an event loop that Orbax has closed by then, or are broken off; the restore has raised its own error. The
+    hook stays after a failure, since such reads may end at any time.
+    """
+    previous = sys.unraisablehook
+
+    def hook(unraisable):
+        code = getattr(unraisable.object, "cr_code", None)  # of a coroutine
+        is_broken_off = code is not None and "orbax" in code.co_filename
+        if not is_broken_off and str(unraisable.exc_value) != "Event loop is closed":
+            previous(unraisable)
+
+    sys.unraisablehook = hook
+    yield
+    sys.unraisablehook = previous
