@@ -5,6 +5,8 @@
 
 import dataclasses
 import json
+import resource
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import tasks
 from sira_jax.adapters import AdapterConfig
 from sira_jax.adapters.base import PATHS
 from sira_jax.checkpoints import BaseModel, fingerprint, load_base_model, read_base_model
-from sira_jax.errors import CheckpointError, ConfigError, check
+from sira_jax.errors import CheckpointError, ConfigError, DataError, check
 from sira_jax.models import Decoder
 from sira_jax.training import loop, partitioning
 from sira_jax.training.config import ExperimentConfig, make_experiment
@@ -126,7 +128,15 @@ class Plan:
             f"fewer than the model's {limit} positions",
         )
         special = self.base.special
-        self.eos_ids = tuple(special.eos_ids)
+        own = data.vocabulary == "model"
+        check(
+            own or data.template != "chat",
+            "data.template",
+            data.template,
+            "plain, with a vocabulary that is not the model's",
+        )
+        # Ids of the model's special tokens mean something else in another vocabulary.
+        self.eos_ids = tuple(special.eos_ids) if own else ()
         if self.vocabulary.eos_id is not None and self.vocabulary.eos_id not in self.eos_ids:
             self.eos_ids = (self.vocabulary.eos_id, *self.eos_ids)
         # A chat template writes the beginning of the text itself.
@@ -134,7 +144,7 @@ class Plan:
         self.template = tasks.make_template(
             data.template,
             chat_template=self.base.chat_template,
-            bos_token=self._token_text(special.bos_id),
+            bos_token=self._token_text(special.bos_id) if own else "",
             eos_token=self._token_text(self.vocabulary.eos_id),
         )
         if experiment.adapter is not None:
@@ -257,11 +267,31 @@ class Plan:
             bar.close()
         return [self.vocabulary.decode(row) for row in ids]
 
+    def _fit(self, prompt: Sequence[int], task: str) -> Sequence[int]:
+        data, decode = self.experiment.data, self.experiment.decode
+        room = self.base.config.max_positions - decode.max_new_tokens
+        room = min(room, data.sequence_length) - (self.bos_id is not None)
+        if len(prompt) <= room:
+            return prompt
+        if data.too_long == "error":
+            raise DataError(
+                f"task {task}: a prompt has {len(prompt)} tokens; data.sequence_length={data.sequence_length} and"
+                f" decode.max_new_tokens={decode.max_new_tokens} leave {room}; data.too_long may be truncate_inputs"
+            )
+        # The end of the prompt says what to do.
+        return prompt[-room:]
+
     def decode_tasks(
         self, model: Decoder, params: Any, loaded: Sequence[tasks.TokenizedTask], description: str
     ) -> tuple[dict[str, dict[str, float]], list[dict[str, str]]]:
-        """Decodes every example. Returns (task -> metric -> score, one record an example)."""
-        prompts = [prompt for task in loaded for prompt in task.inputs]
+        """Decodes every example. Returns (task -> metric -> score, one record an example).
+
+        Prompts are cut to the room that data.sequence_length and the model's positions leave, as data.too_long says.
+
+        Raises:
+          DataError: a prompt is longer and data.too_long is "error".
+        """
+        prompts = [self._fit(prompt, task.name) for task in loaded for prompt in task.inputs]
         texts = iter(self.decode(model, params, prompts, description))
         scores, records = {}, []
         for task in loaded:
@@ -318,13 +348,17 @@ def restore_adapter(
             step = int(which)
         where = checkpointer.path(step)
         meta = checkpointer.restore_meta(step)
-        saved = {"adapter": meta["config"]["adapter"]}
-        wanted = {"adapter": experiment.to_dict()["adapter"]}
-        loop.check_resumable(saved, wanted, where)
+        loop.check_adapter(meta["config"], experiment, where)
         loop.check_base(meta, fingerprint(frozen), where)
         return checkpointer.restore_adapter(step, plan.abstract_adapter(model)), step
     finally:
         checkpointer.close()
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory this process has held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def mean_scores(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

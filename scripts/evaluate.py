@@ -8,7 +8,6 @@ methods with routers, router_SPLIT.json: expert load and gate entropy per layer 
 """
 
 import json
-import resource
 from pathlib import Path
 
 from absl import flags
@@ -58,7 +57,7 @@ def evaluate(plan: assemble.Plan, workdir: str | None, checkpoint: str) -> dict:
         "losses": losses,
         "scores": scores,
         "mean": assemble.mean_scores(scores),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": assemble.peak_memory_bytes(),
     }
     if workdir:
         directory = Path(workdir)

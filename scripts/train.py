@@ -8,7 +8,6 @@ on after a stop of any kind; the result is that of an unbroken run. SIGTERM and 
 """
 
 import json
-import resource
 import statistics
 from pathlib import Path
 
@@ -68,6 +67,7 @@ def train(plan: assemble.Plan, workdir: Path, *, tensorboard: bool = True) -> st
         workdir,
         plan.mesh,
         evaluate=evaluator,
+        task_names=[task.name for task in loaded],
         tensorboard=tensorboard,
     )
     trained, total = count(trainer.state.adapter), count(frozen)
@@ -78,10 +78,11 @@ def train(plan: assemble.Plan, workdir: Path, *, tensorboard: bool = True) -> st
     resumed_at_end = trainer.latest_step() == experiment.train.num_steps
     outcome = trainer.run()
     if outcome == "done" and not (resumed_at_end and (workdir / SUMMARY_FILE).exists()):
-        _write_summary(plan, workdir, trained, total)
         _, report = evaluator.run(trainer.state.adapter)
         if report:
             write_text(workdir / "router.json", json.dumps(report))
+        # The last one: it says that the run is complete.
+        _write_summary(plan, workdir, trained, total)
     return outcome
 
 
@@ -100,7 +101,7 @@ def _write_summary(plan: assemble.Plan, workdir: Path, trained: int, total: int)
         "tokens": train_config.num_steps * statistics.fmean(line["train/tokens"] for line in lines),
         # The first line's time holds the compilation.
         "seconds_per_step": statistics.median(seconds[1:] or seconds),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": assemble.peak_memory_bytes(),
     }
     write_text(workdir / SUMMARY_FILE, json.dumps(summary, indent=1))
 

@@ -7,6 +7,7 @@ from sira_jax.adapters.base import (
     AdapterContext,
     AdapterFlops,
     is_trained,
+    merge,
 )
 from sira_jax.adapters.lora import LoRAConfig
 from sira_jax.adapters.registry import METHODS, make_config
@@ -23,4 +24,5 @@ __all__ = [
     "SiRAConfig",
     "is_trained",
     "make_config",
+    "merge",
 ]

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
+from flax import struct, traverse_util
 
 from sira_jax.errors import ConfigError, MergeError, check
 
@@ -64,6 +64,8 @@ class AdapterConfig:
     """
 
     method: ClassVar[str] = ""
+    # Fields that steer training or speed alone: what a trained adapter computes does not depend on them.
+    training_fields: ClassVar[frozenset[str]] = frozenset({"dropout_rate"})
 
     rank: int = 4
     alpha: float = 8.0
@@ -242,3 +244,25 @@ def lora_a_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
     """
     bound = shape[-2] ** -0.5
     return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def merge(adapter: AdapterConfig, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of the plain model that computes what the adapted one computes.
+
+    Args:
+      adapter: config of the model's adapters.
+      params: all parameters, layers stacked or apart.
+
+    Raises:
+      MergeError: the method has no such model, with the reason.
+    """
+    flat = traverse_util.flatten_dict(params)
+    adapters: dict[tuple[str, ...], dict] = {}
+    for path in [path for path in flat if is_trained(path)]:
+        at = path.index(ADAPTER)
+        adapters.setdefault(path[:at], {})[path[at + 1 :]] = flat.pop(path)
+    for projection, leaves in adapters.items():
+        config = adapter.for_projection("/".join(projection[-2:]))
+        kernel = (*projection, "kernel")
+        flat[kernel] = config.merge(traverse_util.unflatten_dict(leaves), flat[kernel])
+    return traverse_util.unflatten_dict(flat)

@@ -31,7 +31,7 @@ class LoRAConfig(AdapterConfig):
         return LoRA(config=self, name=ADAPTER)
 
     def merge(self, params: Mapping[str, jax.Array], kernel_DF: jax.Array) -> jax.Array:
-        """W0 + s A B, summed in float32 and cast back to the kernel's type. Shapes (D, R), (R, F) -> (D, F)."""
+        """W0 + s A B, summed in float32 and cast back to the kernel's type; leading axes, of layers, go along."""
         delta_DF = self.scale * (
             params["lora_a"].astype(jnp.float32) @ params["lora_b"].astype(jnp.float32)
         )

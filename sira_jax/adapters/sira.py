@@ -28,6 +28,16 @@ class SiRAConfig(AdapterConfig, routing.RoutingConfig):
 
     method: ClassVar[str] = "sira"
     config_section: ClassVar[str] = "adapter"
+    training_fields: ClassVar[frozenset[str]] = AdapterConfig.training_fields | {
+        "capacity_factor",
+        "dispatch",
+        "eval_capacity_factor",
+        "expert_dropout_position",
+        "expert_dropout_rate",
+        "load_balance_loss_weight",
+        "router_init_std",
+        "router_z_loss_weight",
+    }
 
     def __post_init__(self):
         routing.RoutingConfig.__post_init__(self)

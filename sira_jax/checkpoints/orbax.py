@@ -5,6 +5,7 @@ writes to a temporary name and renames.
 """
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -81,7 +82,8 @@ class Checkpointer:
         """
         if step in self._manager.all_steps():
             return
-        if metrics is not None and self._best_metric not in metrics:
+        if metrics is not None and not math.isfinite(metrics.get(self._best_metric, math.nan)):
+            # What is no number would be kept as the best.
             metrics = None
         self._manager.save(
             step,

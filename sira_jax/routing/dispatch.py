@@ -13,15 +13,26 @@ from sira_jax.routing.config import DISPATCH_ALGORITHMS, RoutingConfig
 from sira_jax.routing.products import project
 from sira_jax.routing.router import Routing, route, router_logits
 
-# `choose_algorithm`: joined ranks up to this share of the width are computed in full, as a product
-# that small is lost in the frozen one; beyond it, to bring a feature of a pair into expert order
-# and back is counted as this many multiply-adds.
+# `choose_algorithm` counts multiply-adds. Joined ranks up to this share of the width are computed in
+# full, as a product that small is lost in the frozen one.
 MASKED_WIDTH_SHARE = 0.25
-RAGGED_MOVE_COST = 64
+# What it counts for a feature of a pair to move into expert order and back: 4 bytes in bfloat16, at
+# some 64 multiply-adds in the time an accelerator moves a byte. An estimate, not a measurement.
+RAGGED_MOVE_COST = 256
+# Its many small products run at about a third of the speed of one large one (measured on CPU).
+EINSUM_SLOWDOWN = 3
 
 
 def choose_algorithm(
-    num_experts: int, rank: int, d_in: int, d_out: int, tokens: int, k: int, capacity: int
+    num_experts: int,
+    rank: int,
+    d_in: int,
+    d_out: int,
+    tokens: int,
+    k: int,
+    capacity: int,
+    *,
+    platform: str | None = None,
 ) -> str:
     """Returns the algorithm that "auto" stands for: the one of the least modelled cost.
 
@@ -29,8 +40,9 @@ def choose_algorithm(
 
       masked: M = E * R, as every token meets all experts;
       ragged: K * (R + RAGGED_MOVE_COST), as a token meets its own experts, moved into their order;
-      einsum: 2 * E * C + E * C * R / S, the one-hot products and then the experts; S tokens, C
-        places.
+        on CPU K * E * R, as XLA's `ragged_dot` there computes all experts for all pairs;
+      einsum: EINSUM_SLOWDOWN * (2 * E * C + E * C * R / S), the one-hot products and the experts,
+        with S tokens and C places.
 
     Masked wins at once while M <= MASKED_WIDTH_SHARE * min(D, F). Its two products have no data-
     dependent step and cost at most that share of the frozen product, whatever the others cost.
@@ -43,15 +55,17 @@ def choose_algorithm(
       tokens: tokens a group, S.
       k: selected experts a token, K.
       capacity: C.
+      platform: "cpu", "gpu" or "tpu"; None is JAX's default backend.
     """
     joined_ranks = num_experts * rank
     if joined_ranks <= MASKED_WIDTH_SHARE * min(d_in, d_out):
         return "masked"
+    is_cpu = (platform or jax.default_backend()) == "cpu"
     places = num_experts * min(capacity, tokens)
     costs = {
         "masked": joined_ranks,
-        "ragged": k * (rank + RAGGED_MOVE_COST),
-        "einsum": places + places * rank / max(tokens, 1),
+        "ragged": k * joined_ranks if is_cpu else k * (rank + RAGGED_MOVE_COST),
+        "einsum": EINSUM_SLOWDOWN * (2 * places + places * rank / max(tokens, 1)),
     }
     return min(costs, key=costs.get)
 
@@ -131,7 +145,8 @@ def apply_experts(
 ) -> jax.Array:
     """Returns sum over e of gates[e] B_e (A_e x) for every token, (G, S, F) in the type of x.
 
-    Products take their operands in the type of x and accumulate in float32; gates stay float32.
+    Products take their operands in the type of x ("einsum": float32) and accumulate in float32;
+    gates stay float32.
     Padding rows are 0, and nothing finite in them reaches another row or a gradient.
 
     Args:
@@ -188,10 +203,6 @@ def _check_shapes(x_GSD, router_shape, lora_a_EDR, lora_b_ERF):
     )
 
 
-def _dot(equation: str, *operands: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
-
-
 def _join_ranks(lora_a_EDR: jax.Array) -> jax.Array:
     num_experts, d_in, rank = lora_a_EDR.shape
     return lora_a_EDR.transpose(1, 0, 2).reshape(d_in, num_experts * rank)
@@ -212,16 +223,22 @@ def _masked_output(
 
 
 def _einsum_experts(x_GSD, routing, lora_a_EDR, lora_b_ERF):
-    """Moves tokens to the experts' places and back by one-hot products, as GShard does."""
+    """Moves tokens to the experts' places and back by one-hot products, as GShard does.
+
+    All float32: this is the reference, and XLA's CPU backend lacks some of these products for
+    bfloat16.
+    """
     places = min(routing.capacity, x_GSD.shape[1])
     is_place_GSEC = routing.position_GSE[..., None] == jnp.arange(places)
     dispatch_GSEC = is_place_GSEC & routing.kept_GSE[..., None]
     combine_GSEC = jnp.where(dispatch_GSEC, routing.gates_GSE[..., None], 0.0)
-    # Experts lead the axes here: XLA's CPU backend lacks bfloat16 products with a batch axis inside.
-    expert_in_EGCD = _dot("gsec,gsd->egcd", dispatch_GSEC.astype(x_GSD.dtype), x_GSD)
-    hidden_EGCR = _dot("egcd,edr->egcr", expert_in_EGCD.astype(x_GSD.dtype), lora_a_EDR)
-    expert_out_EGCF = _dot("egcr,erf->egcf", hidden_EGCR.astype(x_GSD.dtype), lora_b_ERF)
-    return _dot("gsec,egcf->gsf", combine_GSEC, expert_out_EGCF).astype(x_GSD.dtype)
+    dispatch_GSEC, x_GSD_f32, lora_a_EDR, lora_b_ERF = (
+        array.astype(jnp.float32) for array in (dispatch_GSEC, x_GSD, lora_a_EDR, lora_b_ERF)
+    )
+    expert_in_GECD = jnp.einsum("gsec,gsd->gecd", dispatch_GSEC, x_GSD_f32)
+    hidden_GECR = jnp.einsum("gecd,edr->gecr", expert_in_GECD, lora_a_EDR)
+    expert_out_GECF = jnp.einsum("gecr,erf->gecf", hidden_GECR, lora_b_ERF)
+    return jnp.einsum("gsec,gecf->gsf", combine_GSEC, expert_out_GECF).astype(x_GSD.dtype)
 
 
 def _ragged_experts(x_GSD, routing, lora_a_EDR, lora_b_ERF):

@@ -154,7 +154,10 @@ def _generate(
     def step(search: _Search) -> _Search:
         logits_RV = search.logits_RV
         if config.strategy == "sample":
-            shaped_RV = filter_logits(logits_RV / config.temperature, config.top_k, config.top_p)
+            # The best logit at 0, so that dividing by a low temperature takes none of the kept ones below NEVER.
+            best_R1 = jnp.max(logits_RV, axis=-1, keepdims=True)
+            shaped_RV = (logits_RV - best_R1) / config.temperature
+            shaped_RV = filter_logits(shaped_RV, config.top_k, config.top_p)
             next_R = jax.random.categorical(jax.random.fold_in(key, search.count), shaped_RV)
         else:
             next_R = jnp.argmax(logits_RV, axis=-1)

@@ -5,7 +5,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,11 +15,11 @@ import numpy as np
 
 from sira_jax.checkpoints.fingerprint import fingerprint
 from sira_jax.checkpoints.orbax import Checkpointer
-from sira_jax.errors import CheckpointError, TrainingError
+from sira_jax.errors import CheckpointError, ConfigError, TrainingError
 from sira_jax.files import write_text
 from sira_jax.models import Decoder
 from sira_jax.training import partitioning
-from sira_jax.training.config import ExperimentConfig
+from sira_jax.training.config import ExperimentConfig, make_experiment
 from sira_jax.training.logging import MetricsLog, Progress
 from sira_jax.training.optimizers import make_optimizer, make_schedule
 from sira_jax.training.train_state import (
@@ -40,6 +40,7 @@ _MAY_CHANGE = {
     "decode": None,
     "evaluate": None,
     "model": {"path", "remat_policy"},
+    "adapter": {"dispatch"},
 }
 
 
@@ -52,6 +53,9 @@ class BatchSource(Protocol):
 
     def restore(self, state: Mapping[str, Any]) -> None: ...
 
+
+# The parameters' norm is of the updated ones: a step that breaks them is found before they are saved.
+_MUST_BE_FINITE = ("loss", "gradient_norm", "auxiliary_loss", "parameter_norm")
 
 Evaluator = Callable[[Any], Mapping[str, float]]
 
@@ -69,10 +73,33 @@ def make_checkpointer(workdir: Path, experiment: ExperimentConfig) -> Checkpoint
 
 def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], where: Path) -> None:
     """Raises CheckpointError, naming the field, if a run directory was made by another config."""
+    _check_same(saved, current, where, _MAY_CHANGE)
+
+
+def check_adapter(saved: Mapping[str, Any], experiment: ExperimentConfig, where: Path) -> None:
+    """Raises CheckpointError, naming the field, if a checkpoint's adapter computes something else than the config's."""
+    may_change = dict.fromkeys(_MAY_CHANGE | saved)
+    if experiment.adapter is not None:
+        may_change["adapter"] = set(experiment.adapter.training_fields)
+    _check_same(saved, experiment.to_dict(), where, may_change)
+
+
+def _check_same(
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    where: Path,
+    allowed: Mapping[str, set[str] | None],
+) -> None:
+    """`allowed`: section -> fields that may differ, None for all."""
     # Through JSON, so that tuples and lists compare equal.
     current = json.loads(json.dumps(current))
+    try:
+        # Read and written again: a field that did not exist yet has its default.
+        saved = json.loads(json.dumps(make_experiment(saved).to_dict()))
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: its config is of another version: {error}") from None
     for section in sorted(set(saved) | set(current)):
-        may_change = _MAY_CHANGE.get(section, set())
+        may_change = allowed.get(section, set())
         if may_change is None:
             continue
         old, new = saved.get(section, {}), current.get(section, {})
@@ -119,6 +146,7 @@ class Trainer:
       workdir: run directory; made if missing.
       mesh: devices.
       evaluate: called with the adapter's parameters at every evaluation, returns metrics by name.
+      task_names: names of the tasks that the batches' task ids stand for, for per-task router metrics.
       tensorboard: write TensorBoard files.
     """
 
@@ -131,6 +159,7 @@ class Trainer:
         workdir: Path,
         mesh: jax.sharding.Mesh,
         evaluate: Evaluator | None = None,
+        task_names: Sequence[str] = (),
         tensorboard: bool = True,
     ):
         train = experiment.train
@@ -148,6 +177,7 @@ class Trainer:
             seed=train.seed,
             accumulation_steps=train.accumulation_steps,
             loss_chunk_size=train.loss_chunk_size,
+            task_names=task_names,
         )
         self.state = self._init_state()
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
@@ -165,17 +195,11 @@ class Trainer:
         boxes = split_params(abstract_params(self._model))[0]
         shardings = partitioning.param_shardings(boxes, self._mesh)
         adapter = jax.device_put(adapter, shardings)
-        optimizer = jax.jit(self._optimizer.init)(adapter)
-        # What the compiler placed on one device (counters) belongs on all of them.
         everywhere = partitioning.replicated(self._mesh)
-        optimizer = jax.tree.map(
-            lambda x: (
-                x
-                if len(x.sharding.device_set) == self._mesh.size
-                else jax.device_put(x, everywhere)
-            ),
-            optimizer,
+        layout = partitioning.optimizer_shardings(
+            jax.eval_shape(self._optimizer.init, adapter), adapter, shardings, self._mesh
         )
+        optimizer = jax.jit(self._optimizer.init, out_shardings=layout)(adapter)
         step = jax.device_put(jnp.int32(0), everywhere)
         return TrainState(step=step, adapter=adapter, optimizer=optimizer)
 
@@ -222,13 +246,13 @@ class Trainer:
         log = MetricsLog(self._workdir, start_step=start, tensorboard=self._tensorboard)
         bar = Progress(train.num_steps, initial=start, description="train")
         self._window.restart_clock()
-        try:
-            with _StopSignal() as stop:
+        with _StopSignal() as stop:
+            try:
                 for step in range(start + 1, train.num_steps + 1):
                     batch = self._put(self._data.next_batch())
                     self.state, metrics = self._step(self.state, self._frozen, batch)
-                    metrics = {name: float(value) for name, value in metrics.items()}
-                    self._check_finite(step, metrics)
+                    metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
+                    self._check_finite(step, metrics, _MUST_BE_FINITE)
                     self._window.add(metrics)
                     bar.update(metrics["loss"], metrics["tokens"])
                     last = step == train.num_steps
@@ -238,17 +262,18 @@ class Trainer:
                     results = None
                     if last or (train.eval_every and step % train.eval_every == 0):
                         results = self._evaluate_and_log(step, log)
-                        self._window.restart_clock()
                     stopping = stop.received is not None
                     if step % train.checkpoint_every == 0 or last or stopping or results:
                         self._save(step, results)
+                    self._window.restart_clock()
                     if stopping and not last:
                         return stop.received
-            return "done"
-        finally:
-            self._checkpointer.wait()
-            bar.close()
-            log.close()
+                return "done"
+            finally:
+                # Still under the handler: a second SIGTERM must not cut off the save that the first one asked for.
+                self._checkpointer.wait()
+                bar.close()
+                log.close()
 
     def _put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         sharding = partitioning.batch_sharding(self._mesh)
@@ -257,8 +282,8 @@ class Trainer:
             for name, value in batch.items()
         }
 
-    def _check_finite(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name in ("loss", "gradient_norm", "auxiliary_loss"):
+    def _check_finite(self, step: int, metrics: Mapping[str, float], names: Iterable[str]) -> None:
+        for name in names:
             if not math.isfinite(metrics[name]):
                 self._checkpointer.wait()
                 good = self._checkpointer.latest_step()
@@ -274,6 +299,7 @@ class Trainer:
             return None
         results = dict(self._evaluate(self.state.adapter))
         log.write(step, results)
+        self._check_finite(step, results, results)
         return results
 
     def _save(self, step: int, results: Mapping[str, float] | None) -> None:
@@ -290,14 +316,16 @@ class _Window:
 
     def __init__(self, state: Mapping[str, Any] | None = None):
         self._sums: dict[str, float] = dict(state["sums"]) if state else {}
-        self._count: int = state["count"] if state else 0
+        self._counts: dict[str, int] = dict(state["counts"]) if state else {}
         self._timed_count, self._timed_tokens = 0, 0.0
         self._seconds, self._since = 0.0, time.perf_counter()
 
     def add(self, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        self._count += 1
+            # A task that the batch had no tokens of has no value; what must have one is checked before.
+            if not math.isnan(value):
+                self._sums[name] = self._sums.get(name, 0.0) + value
+                self._counts[name] = self._counts.get(name, 0) + 1
         self._timed_count += 1
         self._timed_tokens += metrics["tokens"]
         now = time.perf_counter()
@@ -309,7 +337,7 @@ class _Window:
         self._since = time.perf_counter()
 
     def summary(self) -> dict[str, float]:
-        values = {f"train/{name}": total / self._count for name, total in self._sums.items()}
+        values = {f"train/{name}": self._sums[name] / count for name, count in self._counts.items()}
         if self._timed_count:
             values["speed/seconds_per_step"] = self._seconds / self._timed_count
             values["speed/tokens_per_second"] = self._timed_tokens / self._seconds
@@ -317,7 +345,7 @@ class _Window:
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, as plain data; time that passed before a kill is not part of it."""
-        return {"sums": dict(self._sums), "count": self._count}
+        return {"sums": dict(self._sums), "counts": dict(self._counts)}
 
 
 def abstract(tree: Any) -> Any:

@@ -89,3 +89,29 @@ def param_shardings(abstract: Any, mesh: Mesh) -> Any:
         return isinstance(x, nn.LogicallyPartitioned)
 
     return jax.tree.map(sharding, abstract, is_leaf=is_box)
+
+
+def optimizer_shardings(state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
+    """Shardings of an optimizer's state: a leaf that mirrors a parameter has that parameter's, others are replicated.
+
+    Args:
+      state: shapes of the optimizer's state.
+      params: the parameters it was made for.
+      shardings: of `params`.
+      mesh: devices.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    known = {
+        path: (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True)
+    }
+
+    def place(path, leaf):
+        # optax keeps trees shaped like the parameters inside its states, so a mirror's path ends in the parameter's.
+        for start in range(len(path)):
+            shape, sharding = known.get(path[start:], (None, None))
+            if shape == leaf.shape:
+                return sharding
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(place, state)

@@ -7,7 +7,7 @@ Axis letters: B batch, T length, N = B * T positions, D width, V vocabulary, A m
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -98,27 +98,69 @@ def router_stats(sown: Mapping[str, Any]) -> list[RouterStats]:
     return [x for x in jax.tree.leaves(sown, is_leaf=is_stats) if is_stats(x)]
 
 
-_ROUTER_SUMS = ("dropped_pairs", "selected_pairs", "entropy_sum", "confidence_sum", "tokens")
+_ROUTER_SUMS = (
+    "dropped_pairs",
+    "selected_pairs",
+    "entropy_sum",
+    "confidence_sum",
+    "tokens",
+    "task_entropy_sum_Z",
+    "task_tokens_Z",
+)
 
 
 def router_sums(sown: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Sums over all routers of the model, which add up over microbatches; empty without routers."""
+    """Sums over all routers of the model, which add up over microbatches; empty without routers.
+
+    Kept pairs per expert are summed over the routers with the same number of experts, `kept_pairs_E` for each E.
+    """
     stats = router_stats(sown)
     if not stats:
         return {}
-    return {name: sum(jnp.sum(getattr(one, name)) for one in stats) for name in _ROUTER_SUMS}
+
+    def total(x, axes):
+        # A scan stacks layers on the first axis.
+        return jnp.sum(x, axis=tuple(range(x.ndim - axes)))
+
+    sums = {
+        name: sum(total(getattr(one, name), 1 if name.endswith("_Z") else 0) for one in stats)
+        for name in _ROUTER_SUMS
+    }
+    for one in stats:
+        name = f"kept_pairs_{one.kept_pairs_E.shape[-1]}"
+        sums[name] = sums.get(name, 0.0) + total(one.kept_pairs_E, 1)
+    return sums
 
 
-def router_summary(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Dropped share, gate entropy (nats) and confidence from `router_sums`; empty from nothing."""
+def router_summary(
+    sums: Mapping[str, jax.Array], task_names: Sequence[str] = ()
+) -> dict[str, jax.Array]:
+    """Metrics from `router_sums`, over all routers of the model; empty from nothing.
+
+    router/dropped_share, router/gate_entropy (nats), router/confidence; router/expert_load/NNN, the share of the kept pairs
+    that expert NNN of each router took (router/expert_load_of_E/NNN where overrides give routers different numbers of
+    experts); and with several tasks router/gate_entropy/TASK, not a number for a task without tokens in the batch.
+    """
     if not sums:
         return {}
     tokens = jnp.maximum(sums["tokens"], 1.0)
-    return {
+    metrics = {
         "router/dropped_share": sums["dropped_pairs"] / jnp.maximum(sums["selected_pairs"], 1.0),
         "router/gate_entropy": sums["entropy_sum"] / tokens,
         "router/confidence": sums["confidence_sum"] / tokens,
     }
+    kinds = [name for name in sums if name.startswith("kept_pairs_")]
+    for name in kinds:
+        pairs_E = sums[name]
+        load_E = pairs_E / jnp.maximum(jnp.sum(pairs_E), 1.0)
+        place = "router/expert_load" if len(kinds) == 1 else f"router/expert_load_of_{len(load_E)}"
+        metrics |= {f"{place}/{expert:03d}": load for expert, load in enumerate(load_E)}
+    if len(task_names) > 1:
+        entropy_Z = sums["task_entropy_sum_Z"] / sums["task_tokens_Z"]
+        metrics |= {
+            f"router/gate_entropy/{task}": entropy_Z[index] for index, task in enumerate(task_names)
+        }
+    return metrics
 
 
 def make_train_step(
@@ -129,6 +171,7 @@ def make_train_step(
     seed: int,
     accumulation_steps: int = 1,
     loss_chunk_size: int = 0,
+    task_names: Sequence[str] = (),
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns step(state, frozen, batch) -> (state, metrics), not yet jitted.
 
@@ -136,8 +179,8 @@ def make_train_step(
     microbatches are rows [0, B/A), [B/A, 2B/A), ...; each is weighted by its target tokens, so that the cross-entropy's
     gradient is that of the whole batch, and auxiliary losses are averaged.
 
-    Metrics, float32 scalars: loss (nats a target token), accuracy, auxiliary_loss, gradient_norm (before clipping),
-    learning_rate, tokens (real ones), target_tokens, router/*.
+    Metrics, float32: loss (nats a target token), accuracy, auxiliary_loss, gradient_norm (before clipping), parameter_norm
+    (of the adapter after the update), learning_rate, tokens (real ones), target_tokens, and those of `router_summary`.
     """
 
     def loss_fn(adapter, frozen, batch, rngs, total_weight):
@@ -173,19 +216,17 @@ def make_train_step(
             grads, metrics = gradient(batch, 0)
         else:
             grads, metrics = _accumulate(gradient, batch, accumulation_steps)
-        metrics |= router_summary(metrics.pop("router"))
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.adapter)
+        adapter = optax.apply_updates(state.adapter, updates)
+        metrics |= router_summary(metrics.pop("router"), task_names)
         metrics |= {
             "gradient_norm": optax.global_norm(grads),
+            "parameter_norm": optax.global_norm(adapter),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "tokens": jnp.sum(batch["decoder_segment_ids"] > 0, dtype=jnp.float32),
             "target_tokens": jnp.sum(batch["decoder_loss_weights"]),
         }
-        new_state = TrainState(
-            step=state.step + 1,
-            adapter=optax.apply_updates(state.adapter, updates),
-            optimizer=optimizer_state,
-        )
+        new_state = TrainState(step=state.step + 1, adapter=adapter, optimizer=optimizer_state)
         return new_state, metrics
 
     return step

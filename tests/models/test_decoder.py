@@ -20,7 +20,7 @@ SIRA = SiRAConfig(
     capacity_factor=None,
     router_init_std=1.0,
     load_balance_loss_weight=0.1,
-    targets=("q", "down"),
+    targets=("down",),
 )
 PACKED = make_batch([(4, 3), (2, 5)], 8)
 
@@ -223,17 +223,15 @@ def test_task_metrics_count_each_layers_tokens_by_task(sira_params):
     batch = make_batch([(4, 3), (2, 5)], 8)
     batch["task_ids"] = np.asarray([[0] * 4 + [2] * 4, [1] * 2 + [0] * 6])
     _, sown = apply(model, sira_params, batch)
-    assert set(sown["metrics"]["layers"]) == {"attention", "mlp"}
-    for module, name in (("attention", "q"), ("mlp", "down")):
-        stats = sown["metrics"]["layers"][module][name]["adapter"]["router"][0]
-        np.testing.assert_array_equal(stats.tokens, [14, 14])
-        # Position 7 of both rows is padding and belongs to no task.
-        np.testing.assert_array_equal(stats.task_tokens_Z, [[9, 2, 3]] * 2)
-        np.testing.assert_allclose(stats.task_kept_pairs_ZE.sum(-1), [[18, 4, 6]] * 2)
-        np.testing.assert_allclose(stats.task_entropy_sum_Z.sum(-1), stats.entropy_sum, rtol=1e-5)
+    stats = sown["metrics"]["layers"]["mlp"]["down"]["adapter"]["router"][0]
+    np.testing.assert_array_equal(stats.tokens, [14, 14])
+    # Position 7 of both rows is padding and belongs to no task.
+    np.testing.assert_array_equal(stats.task_tokens_Z, [[9, 2, 3]] * 2)
+    np.testing.assert_allclose(stats.task_kept_pairs_ZE.sum(-1), [[18, 4, 6]] * 2)
+    np.testing.assert_allclose(stats.task_entropy_sum_Z.sum(-1), stats.entropy_sum, rtol=1e-5)
 
 
-def test_without_tasks_no_task_metrics(plain_result, sira_params):
+def test_without_tasks_no_task_metrics(sira_params):
     _, sown = apply(Decoder(decoder_config(), SIRA), sira_params, PACKED)
     stats = sown["metrics"]["layers"]["mlp"]["down"]["adapter"]["router"][0]
     assert stats.task_tokens_Z.shape == (2, 0)

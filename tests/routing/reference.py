@@ -5,6 +5,7 @@ It shares no code with `sira_jax`: groups, tokens, choices and experts are visit
 
 import dataclasses
 import math
+from fractions import Fraction
 
 import numpy as np
 
@@ -34,7 +35,9 @@ def reference_capacity(tokens, config, deterministic):
     if factor is None:
         return tokens
     k = config.num_selected_experts if config.capacity_counts_k else 1
-    return max(config.min_capacity, math.ceil(factor * k * tokens / config.num_experts))
+    return max(
+        config.min_capacity, math.ceil(Fraction(str(factor)) * k * tokens / config.num_experts)
+    )
 
 
 def reference_layer(

@@ -1,0 +1,170 @@
+"""Who may import whom, what importing the library may not bring with it, and one list of requirements."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+# What the modules of each package may import of sira_jax, besides their own package.
+GROUND = {"errors", "files"}
+ALLOWED = {
+    "errors": set(),
+    "files": {"errors"},
+    "routing": GROUND,
+    "adapters": GROUND | {"routing"},
+    "models": GROUND | {"routing", "adapters"},
+    "checkpoints": GROUND | {"models"},
+    "training": GROUND | {"routing", "adapters", "models", "checkpoints"},
+}
+HEAVY = {"seqio", "tensorflow", "tensorflow_datasets", "clu", "tensorboard", "t5", "torch"}
+
+
+def imports(path):
+    """(imported module's dotted name, whether it is imported when the module is) of a file."""
+    tree = ast.parse(path.read_text(), str(path))
+    inside = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            # `from sira_jax import routing` imports sira_jax.routing.
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif (
+            isinstance(node, ast.Call)
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+            and isinstance(node.args[0].value, str)
+            and "import" in ast.unparse(node.func)
+        ):
+            names = [node.args[0].value]
+        for name in names:
+            yield name, id(node) not in inside
+
+
+def files(package):
+    found = sorted((REPOSITORY / package).rglob("*.py"))
+    assert found
+    return found
+
+
+LIBRARY = files("sira_jax")
+
+
+def relative(path):
+    return str(path.relative_to(REPOSITORY))
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=relative)
+def test_lower_layers_import_no_higher_ones(path):
+    own = path.relative_to(REPOSITORY / "sira_jax").parts[0].removesuffix(".py")
+    if own == "__init__":
+        assert not list(imports(path))
+        return
+    for name, _ in imports(path):
+        parts = name.split(".")
+        assert parts[0] not in ("tasks", "configs", "scripts", "tests"), name
+        if parts[0] == "sira_jax":
+            assert parts[1] in ALLOWED[own] | {own}, f"{relative(path)} imports {name}"
+
+
+def test_every_package_of_the_library_is_in_the_order():
+    packages = {path.relative_to(REPOSITORY / "sira_jax").parts[0] for path in LIBRARY}
+    assert {name.removesuffix(".py") for name in packages} == set(ALLOWED) | {"__init__"}
+
+
+@pytest.mark.parametrize("package", ["sira_jax", "configs", "scripts", "tasks"])
+def test_only_tasks_and_the_log_use_tensorflows_world(package):
+    for path in files(package):
+        for name, at_import in imports(path):
+            if name.split(".")[0] not in HEAVY:
+                continue
+            if relative(path) == "sira_jax/training/logging.py":
+                assert name.startswith("clu.")
+                assert not at_import
+            else:
+                assert package == "tasks", f"{relative(path)} imports {name}"
+
+
+@pytest.mark.parametrize("package", ["configs", "tasks"])
+def test_configs_and_tasks_do_not_reach_up(package):
+    higher = {"configs": {"scripts", "tasks", "tests"}, "tasks": {"scripts", "configs", "tests"}}
+    for path in files(package):
+        for name, _ in imports(path):
+            assert name.split(".")[0] not in higher[package], f"{relative(path)} imports {name}"
+
+
+def test_importing_the_whole_library_brings_no_tensorflow():
+    modules = [
+        relative(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        for path in LIBRARY
+    ]
+    program = f"""
+import importlib, sys
+for name in {modules!r}:
+    importlib.import_module(name)
+print(sorted({HEAVY!r} & {{name.split(".")[0] for name in sys.modules}}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_package_is_listed_for_installation():
+    listed = set(project()["tool"]["setuptools"]["packages"])
+    there = {
+        relative(path.parent).replace("/", ".")
+        for package in ("sira_jax", "configs", "scripts", "tasks")
+        for path in files(package)
+        if path.name == "__init__.py"
+    }
+    assert listed == there
+
+
+def project():
+    return tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+
+
+def test_requirements_are_the_projects():
+    lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
+    listed = [line for line in lines if line and not line.startswith("#")]
+    config = project()["project"]
+    assert listed == config["dependencies"] + config["optional-dependencies"]["test"]
+
+
+def test_what_the_code_imports_is_required():
+    """Every third-party module that is imported at all belongs to a listed requirement."""
+    named_otherwise = {
+        "absl": "absl-py",
+        "ml_collections": "ml-collections",
+        "ml_dtypes": "ml-dtypes",
+        "orbax": "orbax-checkpoint",
+        "PIL": "pillow",
+    }
+    config = project()["project"]
+    required = {line.split(">")[0].lower() for line in config["dependencies"]}
+    known = set(sys.stdlib_module_names) | {"sira_jax", "configs", "scripts", "tasks"}
+    for package in ("sira_jax", "configs", "scripts", "tasks"):
+        for path in files(package):
+            for name, _ in imports(path):
+                top = name.split(".")[0]
+                if top not in known:
+                    assert named_otherwise.get(top, top).lower() in required, (
+                        f"{relative(path)} imports {name}"
+                    )
