@@ -29,7 +29,13 @@ def make_layer(config, groups, tokens, d_in, d_out, rank, *, seed=0, valid_share
     return arrays, rng.random((groups, tokens)) < valid_share
 
 
-@functools.partial(jax.jit, static_argnames=("config", "deterministic", "weights"))
+# Tests compile many small programs and run each a few times.
+QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "deterministic", "weights"), compiler_options=QUICK_COMPILE
+)
 def layer_and_gradients(
     arrays, valid, config, *, deterministic=False, rng=None, weights=(0.0, 0.0), scale=1.5
 ):

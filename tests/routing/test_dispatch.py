@@ -88,7 +88,7 @@ def test_cases_do_drop_tokens():
             assert 0 < reference.kept.sum() < reference.selected.sum(), case
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_random_layers_match_the_loops(data):
     experts = data.draw(st.integers(1, 9))
@@ -122,8 +122,15 @@ def test_all_tokens_on_one_expert(algorithm):
     assert_matches_reference(arrays, valid, config, reference)
 
 
-@pytest.mark.parametrize("position", ["before_topk", "after_topk"])
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("algorithm", "position"),
+    [
+        ("einsum", "before_topk"),
+        ("masked", "before_topk"),
+        ("masked", "after_topk"),
+        ("ragged", "after_topk"),
+    ],
+)
 def test_expert_dropout_matches_the_loops(algorithm, position):
     rate, rng = 0.4, jax.random.key(5)
     config = RoutingConfig(
@@ -205,7 +212,7 @@ def test_groups_do_not_interact(algorithm):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_transformations_agree_with_a_plain_call(algorithm):
-    config, arrays, valid = build("plain")
+    config, arrays, valid = build("odd_sizes")
     config = dataclasses.replace(config, dispatch=algorithm)
 
     def layer(x, valid):
