@@ -1,6 +1,6 @@
 """Evaluates a run, or the frozen model, by decoding held-out examples.
 
-  python scripts/evaluate.py --workdir=runs/cldr_sira
+  python scripts/evaluate.py --workdir=runs/sira
   python scripts/evaluate.py --config=configs/experiments/starter.py:sira --checkpoint=none --workdir=runs/frozen
 
 Prints each task's metrics and their mean. The run directory gets evaluation_SPLIT.json, predictions_SPLIT.jsonl and, for

@@ -1,8 +1,8 @@
 """Generates text, with a trained adapter or without.
 
-  python scripts/generate.py --workdir=runs/cldr_sira --prompt="Write the date Wed 2031-07-09 in full in Swahili."
-  python scripts/generate.py --workdir=runs/cldr_sira --file=prompts.txt > answers.txt
-  python scripts/generate.py --workdir=runs/cldr_sira                       (asks for prompts)
+  python scripts/generate.py --workdir=runs/sira --prompt="Write the date Wed 2031-07-09 in full in Swahili."
+  python scripts/generate.py --workdir=runs/sira --file=prompts.txt > answers.txt
+  python scripts/generate.py --workdir=runs/sira                       (asks for prompts)
   python scripts/generate.py --config=configs/experiments/starter.py:sira --checkpoint=none --prompt="..."
 
 A file holds one prompt a line (write \\n for a line break inside a prompt); the answers come in the same order, one a line. The

@@ -1,6 +1,6 @@
 """Fine-tunes an adapter on a frozen language model.
 
-  python scripts/train.py --config=configs/experiments/starter.py:sira --workdir=runs/cldr_sira
+  python scripts/train.py --config=configs/experiments/starter.py:sira --workdir=runs/sira
   python scripts/train.py --config=... --workdir=... --config.adapter.rank=8 --config.train.num_steps=500
 
 The run directory gets config.json, metrics.jsonl, tensorboard/, router.json and checkpoints/. Run the same command again to go

@@ -33,7 +33,7 @@ def get_config(method: str = "sira") -> ConfigDict:
 
     config.train.num_steps = 60
     config.train.loss_chunk_size = (
-        64  # The vocabulary product is a fifth of the work; half of the tokens are prompts.
+        64  # Prompts carry no loss, so need no logits.
     )
     config.train.log_every = 5
     config.train.eval_every = 20
