@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sira_jax.routing import load_balance_loss, mix_experts, router_z_loss
+from sira_jax.routing import load_balance_loss, mix_experts, route, router_z_loss
 
 ALGORITHMS = ("einsum", "masked", "ragged")
 
@@ -33,9 +33,11 @@ def make_layer(config, groups, tokens, d_in, d_out, rank, *, seed=0, valid_share
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "deterministic", "weights"), compiler_options=QUICK_COMPILE
-)
+quick_jit = functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+quick_route = quick_jit(route, static_argnames=("config", "deterministic"))
+
+
+@functools.partial(quick_jit, static_argnames=("config", "deterministic", "weights"))
 def layer_and_gradients(
     arrays, valid, config, *, deterministic=False, rng=None, weights=(0.0, 0.0), scale=1.5
 ):

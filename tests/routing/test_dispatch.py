@@ -9,13 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sira_jax.errors import ConfigError
-from sira_jax.routing import RoutingConfig, apply_experts, choose_algorithm, mix_experts, route
+from sira_jax.routing import RoutingConfig, apply_experts, choose_algorithm, mix_experts
 from tests.routing.helpers import (
     ALGORITHMS,
     assert_close,
     assert_matches_reference,
     layer_and_gradients,
     make_layer,
+    quick_jit,
+    quick_route,
 )
 from tests.routing.reference import reference_layer
 
@@ -144,7 +146,9 @@ def test_expert_dropout_matches_the_loops(algorithm, position):
         config, num_selected_experts=5, capacity_factor=None, renormalize=False
     )
     logits = jnp.zeros((2, 14, 5))
-    gates = route(logits, np.ones((2, 14), bool), shown, deterministic=False, rng=rng).gates_GSE
+    gates = quick_route(
+        logits, np.ones((2, 14), bool), shown, deterministic=False, rng=rng
+    ).gates_GSE
     mask = np.where(np.asarray(gates) > 0, 1 / (1 - rate), 0.0)
     assert 0.4 < (mask > 0).mean() < 0.8
     reference = loops(arrays, valid, config, dropout_mask=mask)
@@ -234,10 +238,10 @@ def test_transformations_agree_with_a_plain_call(algorithm):
         step = jax.checkpoint(lambda carry, row: (carry, layer(row[0][None], row[1][None])[0]))
         return jax.lax.scan(step, 0, (x, valid))[1]
 
-    expected, expected_gradient = layer(arrays["x"], valid), gradient(jax.jit(layer))
+    expected, expected_gradient = layer(arrays["x"], valid), gradient(quick_jit(layer))
     for other in (layer, jax.checkpoint(layer), by_vmap, by_scan):
-        assert_close(jax.jit(other)(arrays["x"], valid), expected, 1e-6)
-        assert_close(gradient(jax.jit(other)), expected_gradient, 1e-6)
+        assert_close(quick_jit(other)(arrays["x"], valid), expected, 1e-6)
+        assert_close(gradient(quick_jit(other)), expected_gradient, 1e-6)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -247,7 +251,7 @@ def test_expert_input_of_its_own(algorithm):
     other = arrays["x"][..., ::-1] * 0.5
     call = functools.partial(mix_experts, config=config, scale=2.0, deterministic=False)
     names = ("router", "lora_a", "lora_b")
-    delta, routing = jax.jit(lambda x, valid, other, *weights: call(
+    delta, routing = quick_jit(lambda x, valid, other, *weights: call(
         x, valid, *weights, expert_input_GSD=other
     ))(arrays["x"], valid, other, *(arrays[name] for name in names))  # fmt: skip
     expected = 2 * np.einsum(
@@ -270,7 +274,9 @@ def array_shapes(jaxpr):
 def traced_shapes(algorithm, groups, tokens):
     config = RoutingConfig(num_experts=6, num_selected_experts=2, dispatch=algorithm)
     arrays, valid = make_layer(config, groups, tokens, 5, 7, 3)
-    traced = jax.make_jaxpr(lambda a, v: layer_and_gradients(a, v, config))(arrays, valid)
+    traced = jax.make_jaxpr(lambda a, v: layer_and_gradients.__wrapped__(a, v, config))(
+        arrays, valid
+    )
     return set(array_shapes(traced.jaxpr))
 
 
@@ -321,10 +327,11 @@ def test_auto_gives_what_its_choice_gives():
 def test_apply_experts_takes_a_routing():
     config, arrays, valid = build("plain")
     logits = jnp.asarray(arrays["x"] @ arrays["router"])
-    routing = route(logits, valid, config, deterministic=False)
+    routing = quick_route(logits, valid, config, deterministic=False)
     expected = loops(arrays, valid, config, scale=1.0).delta
     for algorithm in (*ALGORITHMS, "auto"):
-        delta = apply_experts(arrays["x"], routing, arrays["lora_a"], arrays["lora_b"], algorithm)
+        apply = quick_jit(apply_experts, static_argnames="algorithm")
+        delta = apply(arrays["x"], routing, arrays["lora_a"], arrays["lora_b"], algorithm)
         assert_close(delta, expected)
 
 
