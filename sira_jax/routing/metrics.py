@@ -7,6 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from sira_jax.errors import check
 from sira_jax.routing.router import Routing
 
 
@@ -83,7 +84,16 @@ def router_stats(
       task_ids_GS: int, the task of each token, from 0; needed if `num_tasks` is over 0. Ids outside
         of [0, num_tasks) count for no task.
       num_tasks: Z, static.
+
+    Raises:
+      ConfigError: tasks are wanted and `task_ids_GS` is missing.
     """
+    check(
+        num_tasks == 0 or task_ids_GS is not None,
+        "task_ids_GS",
+        task_ids_GS,
+        f"the task of each token, as num_tasks={num_tasks}",
+    )
     routing = jax.lax.stop_gradient(routing)
     probs_GSE = routing.probs_GSE
     kept_GSE = routing.kept_GSE.astype(jnp.float32)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sira_jax.adapters import LoRAConfig, SiRAConfig
+from sira_jax.adapters import LoRAConfig, SiRAConfig, merge
+from sira_jax.errors import MergeError
 from sira_jax.models import Decoder
 from tests.models import reference
 from tests.tiny import VOCAB, decoder_config, decoder_params, make_batch, shapes_of
@@ -194,6 +195,27 @@ def test_packed_examples_are_alone(packed_models, which):
     np.testing.assert_array_equal(after[0, 4:7], together[0, 4:7])
     np.testing.assert_array_equal(after[1, :7], together[1, :7])
     assert np.abs(after[0, :4] - together[0, :4]).max() > 1e-2
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_merged_model_computes_the_same_without_adapters(scan_layers):
+    adapter = LoRAConfig(rank=2, overrides=(("mlp/.*", {"alpha": 2.0}), ("down", {"rank": 3})))
+    config = decoder_config(scan_layers=scan_layers, qkv_bias=True)
+    model = Decoder(config, adapter)
+    params = decoder_params(model)
+    merged = merge(adapter, params)
+    shapes = shapes_of(Decoder(config), PACKED)
+    assert jax.tree.structure(merged) == jax.tree.structure(shapes)
+    expected = logits(model, params, PACKED)
+    np.testing.assert_allclose(
+        logits(Decoder(config), merged, PACKED), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_model_with_routers_is_not_merged(packed_models):
+    _, params = packed_models[2]
+    with pytest.raises(MergeError, match="cannot be merged"):
+        merge(SIRA, params)
 
 
 def test_a_token_sees_none_that_follow(packed_models):

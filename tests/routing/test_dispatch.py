@@ -1,5 +1,7 @@
 import dataclasses
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -35,22 +37,14 @@ CASES = {
         {"num_experts": 6, "num_selected_experts": 3, "capacity_factor": 0.01, "min_capacity": 0},
         2, 17, 6, 7, 2, 0.9,
     ),
-    "no_capacity_limit": (
-        {"num_experts": 6, "num_selected_experts": 2, "capacity_factor": None},
-        1, 20, 6, 7, 1, 0.9,
-    ),
-    "capacity_without_k": (
-        {"num_experts": 4, "num_selected_experts": 3, "capacity_factor": 1.1, "min_capacity": 1,
-         "capacity_counts_k": False},
-        2, 15, 5, 4, 2, 1.0,
-    ),
     "renormalized": (
-        {"num_experts": 7, "num_selected_experts": 3, "renormalize": True, "capacity_factor": 0.7,
-         "min_capacity": 1},
+        {"num_experts": 7, "num_selected_experts": 3, "renormalize": True, "capacity_factor": 2.1,
+         "min_capacity": 1, "capacity_counts_k": False},
         2, 16, 6, 5, 3, 0.8,
     ),
-    "all_experts_renormalized": (
-        {"num_experts": 3, "num_selected_experts": 3, "renormalize": True}, 1, 6, 4, 3, 2, 1.0,
+    "no_capacity_limit": (
+        {"num_experts": 3, "num_selected_experts": 3, "renormalize": True,
+         "capacity_factor": None}, 1, 6, 4, 3, 2, 1.0,
     ),
     "all_padding": ({"num_experts": 4, "num_selected_experts": 2}, 2, 6, 5, 4, 2, 0.0),
 }  # fmt: skip
@@ -82,7 +76,7 @@ def test_values_drops_and_gradients_match_the_loops(case, algorithm):
 
 
 def test_cases_do_drop_tokens():
-    dropping = {"all_experts", "tiny_capacity", "capacity_without_k", "renormalized"}
+    dropping = {"all_experts", "tiny_capacity", "renormalized"}
     for case in CASES:
         config, arrays, valid = build(case)
         reference = loops(arrays, valid, config)
@@ -90,7 +84,7 @@ def test_cases_do_drop_tokens():
             assert 0 < reference.kept.sum() < reference.selected.sum(), case
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(data=st.data())
 def test_random_layers_match_the_loops(data):
     experts = data.draw(st.integers(1, 9))
@@ -229,7 +223,7 @@ def test_transformations_agree_with_a_plain_call(algorithm):
         def loss(x):
             return jnp.sum(function(x, valid) * arrays["cotangent"])
 
-        return jax.grad(loss)(arrays["x"])
+        return quick_jit(jax.grad(loss))(arrays["x"])
 
     def by_vmap(x, valid):
         return jax.vmap(layer)(x[:, None], valid[:, None])[:, 0]
@@ -238,10 +232,10 @@ def test_transformations_agree_with_a_plain_call(algorithm):
         step = jax.checkpoint(lambda carry, row: (carry, layer(row[0][None], row[1][None])[0]))
         return jax.lax.scan(step, 0, (x, valid))[1]
 
-    expected, expected_gradient = layer(arrays["x"], valid), gradient(quick_jit(layer))
+    expected, expected_gradient = layer(arrays["x"], valid), gradient(layer)
     for other in (layer, jax.checkpoint(layer), by_vmap, by_scan):
         assert_close(quick_jit(other)(arrays["x"], valid), expected, 1e-6)
-        assert_close(gradient(quick_jit(other)), expected_gradient, 1e-6)
+        assert_close(gradient(other), expected_gradient, 1e-6)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -260,6 +254,15 @@ def test_expert_input_of_its_own(algorithm):
     assert_close(delta, expected)
     plain = layer_and_gradients(arrays, valid, config)[1]
     assert_close(routing.gates_GSE, plain.gates_GSE, 1e-6)
+
+
+def test_groups_may_lie_on_several_devices():
+    """Four host devices need a process of their own."""
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.routing.sharded"], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["einsum", "masked", "ragged"]
 
 
 def array_shapes(jaxpr):

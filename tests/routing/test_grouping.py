@@ -37,5 +37,5 @@ def test_refuses_what_does_not_fit():
     x = jnp.zeros((2, 5, 3))
     with pytest.raises(ConfigError, match="group_size=0"):
         group_tokens(x, np.ones((2, 5), bool), 0)
-    with pytest.raises(ConfigError, match="valid_BT.shape"):
+    with pytest.raises(ConfigError, match=r"valid_BT\.shape"):
         group_tokens(x, np.ones((5, 2), bool), 4)

@@ -1,7 +1,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from sira_jax.errors import ConfigError
 from sira_jax.routing import RouterStats, RoutingConfig, router_metrics, router_stats
 from tests.routing.helpers import assert_close, quick_jit, quick_route
 
@@ -85,8 +87,14 @@ def test_a_task_without_tokens_and_ids_of_no_task():
     metrics = router_metrics(routing, ids, 4)
     here = valid & (tasks == 2)
     np.testing.assert_array_equal(metrics["task_tokens"], [0, 0, here.sum(), 0])
-    np.testing.assert_array_equal(metrics["task_expert_load"][[0, 1, 3]], 0.0)
-    np.testing.assert_array_equal(metrics["task_gate_entropy"][np.array([0, 1, 3])], 0.0)
+    np.testing.assert_array_equal(np.asarray(metrics["task_expert_load"])[[0, 1, 3]], 0.0)
+    np.testing.assert_array_equal(np.asarray(metrics["task_gate_entropy"])[[0, 1, 3]], 0.0)
+
+
+def test_tasks_need_their_ids():
+    routing, *_ = random_routing()
+    with pytest.raises(ConfigError, match=r"task_ids_GS=None.*num_tasks=2"):
+        router_stats(routing, None, 2)
 
 
 def test_all_padding_is_zero_and_finite():

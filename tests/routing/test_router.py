@@ -162,7 +162,7 @@ def test_logits_are_float32_products():
 
 def test_the_missing_key_is_named():
     logits = jnp.zeros((1, 2, 16))
-    with pytest.raises(ConfigError, match="rng=None.*expert_dropout_rate=0.1"):
+    with pytest.raises(ConfigError, match=r"rng=None.*expert_dropout_rate=0\.1"):
         route(logits, everyone(logits), RoutingConfig(expert_dropout_rate=0.1), deterministic=False)
 
 

@@ -29,6 +29,7 @@ from sira_jax.training.loop import (
     CONFIG_FILE,
     Trainer,
     abstract,
+    check_adapter,
     check_resumable,
     make_checkpointer,
 )
@@ -277,6 +278,15 @@ def test_what_is_no_number_stops_the_run_and_spoils_nothing(tmp_path, unbroken, 
     assert_same_run(tmp_path, resumed.state, unbroken)
 
 
+def test_evaluation_that_is_no_number_stops_the_run(tmp_path):
+    values = iter([1.0, float("nan")])
+    run = trainer(tmp_path, evaluate=lambda _: {"validation/loss": next(values)})
+    good = tmp_path / CHECKPOINTS / "6"
+    with pytest.raises(TrainingError, match=rf"validation/loss is nan at step 8; .* {good}$"):
+        run.run()
+    assert run.latest_step() == 6
+
+
 @pytest.mark.parametrize(
     ("mode", "best", "kept"), [("min", 3, [3, 8]), ("max", 5, [5, 8]), ("off", None, [8])]
 )
@@ -352,6 +362,15 @@ def test_what_does_not_change_a_step_may_change():
         mesh=MeshConfig(data=1, tensor=-1),
     )
     check_resumable(json.loads(json.dumps(EXPERIMENT.to_dict())), current.to_dict(), "here")
+
+
+def test_adapter_must_compute_the_same_to_be_evaluated():
+    """Fields that act in training alone may differ, and so may all that is no adapter's."""
+    saved = json.loads(json.dumps(EXPERIMENT.to_dict()))
+    check_adapter(saved, changed("adapter", dropout_rate=0.0), "here")
+    check_adapter(saved, changed("train", num_steps=9), "here")
+    with pytest.raises(CheckpointError, match=r"adapter\.alpha=8\.0"):
+        check_adapter(saved, changed("adapter", alpha=4.0), "here")
 
 
 def test_another_base_is_refused(unbroken):

@@ -40,12 +40,12 @@ SIRA = SiRAConfig(
     targets=("down",),
 )
 OPTIMIZER = OptimizerConfig(learning_rate=0.01, clip_norm=None)
-BATCH = make_batch([(5, 3), (7,), (4, 2, 2), (3,)], 8)
+BATCH = make_batch([(5, 3), (7,), (4, 2, 2), (3,)], 8, num_tasks=2)
 
 
 def build(adapter, batch=BATCH, **options):
     """A compiled step without donation, a fresh state, and the frozen parameters."""
-    model = Decoder(decoder_config(), adapter)
+    model = Decoder(decoder_config(), adapter, num_tasks=len(options.get("task_names", ())))
     optimizer = make_optimizer(OPTIMIZER, 10)
     schedule = make_schedule(OPTIMIZER, 10)
     step = make_train_step(model, optimizer, schedule, seed=0, **options)
@@ -63,9 +63,12 @@ def lora():
     return build(LORA)
 
 
+TASKS = ("first", "second", "absent")
+
+
 @pytest.fixture(scope="module")
 def sira():
-    return build(SIRA)
+    return build(SIRA, task_names=TASKS)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -130,10 +133,13 @@ def test_batch_without_targets_gives_no_loss_and_no_nan(which, request):
     empty = BATCH | {"decoder_loss_weights": np.zeros((4, 8), np.float32)}
     new_state, metrics = step(state, frozen, empty)
     assert metrics["loss"] == 0
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((new_state, metrics)))
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(new_state))
+    # Only a task without tokens may have no number.
+    named = {name for name, value in metrics.items() if not np.isfinite(value)}
+    assert named <= {"router/gate_entropy/absent"}
     padding = jax.tree.map(np.zeros_like, BATCH)
     new_state, metrics = step(state, frozen, padding)
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((new_state, metrics)))
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(new_state))
     assert metrics["gradient_norm"] == 0
     jax.tree.map(np.testing.assert_array_equal, new_state.adapter, state.adapter)
 
@@ -211,12 +217,13 @@ def test_accumulated_gradient_is_the_whole_batchs(lora):
 def test_accumulation_with_routers(sira):
     """Groups are rows, so routing does not see the microbatches; auxiliary losses are averaged."""
     model, whole, state, frozen = sira
-    _, parts, _, _ = build(SIRA, accumulation_steps=2)
+    _, parts, _, _ = build(SIRA, accumulation_steps=2, task_names=TASKS)
     state = moved(state)
     _, metrics = whole(state, frozen, BATCH)
     _, accumulated = parts(state, frozen, BATCH)
-    for name in ("loss", "accuracy", "tokens", "target_tokens"):
-        np.testing.assert_allclose(accumulated[name], metrics[name], rtol=1e-5)
+    for name in metrics:
+        if name not in ("auxiliary_loss", "gradient_norm", "parameter_norm"):
+            np.testing.assert_allclose(accumulated[name], metrics[name], rtol=1e-5)
     losses = []
     for half in (slice(0, 2), slice(2, 4)):
         part = {name: values[half] for name, values in BATCH.items()}
@@ -247,6 +254,18 @@ def test_router_summary_counts_over_layers(sira):
     assert dropped > 0
     np.testing.assert_allclose(metrics["router/dropped_share"], dropped / selected, rtol=1e-5)
     np.testing.assert_allclose(metrics["router/gate_entropy"], entropy / tokens, rtol=1e-5)
+    confidence = float(stats.confidence_sum.sum())
+    np.testing.assert_allclose(metrics["router/confidence"], confidence / tokens, rtol=1e-5)
+    kept_E = np.asarray(stats.kept_pairs_E).sum(axis=0)
+    loads = [metrics[f"router/expert_load/{expert:03d}"] for expert in range(4)]
+    np.testing.assert_allclose(loads, kept_E / kept_E.sum(), rtol=1e-5)
+    entropy_Z = np.asarray(stats.task_entropy_sum_Z).sum(axis=0)
+    tokens_Z = np.asarray(stats.task_tokens_Z).sum(axis=0)
+    assert tokens_Z[2] == 0
+    for index, task in enumerate(TASKS[:2]):
+        own = metrics[f"router/gate_entropy/{task}"]
+        np.testing.assert_allclose(own, entropy_Z[index] / tokens_Z[index], rtol=1e-5)
+    assert np.isnan(metrics["router/gate_entropy/absent"])
     assert router_summary({}) == {}
 
 
@@ -259,6 +278,9 @@ def test_trained_leaves_all_move_and_frozen_ones_do_not(which, request):
     jax.tree.map(np.testing.assert_array_equal, frozen, before)
     assert int(second.step) == 2
     assert metrics["gradient_norm"] > 0
+    leaves = jax.tree.leaves(second.adapter)
+    norm = np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in leaves))
+    np.testing.assert_allclose(metrics["parameter_norm"], norm, rtol=1e-5)
     for path, leaf in jax.tree_util.tree_leaves_with_path(second.adapter):
         name, start = path[-1].key, state.adapter
         for entry in path:
