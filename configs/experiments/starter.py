@@ -32,9 +32,7 @@ def get_config(method: str = "sira") -> ConfigDict:
     config.data.too_long = "drop"  # A few function calls do not fit.
 
     config.train.num_steps = 60
-    config.train.loss_chunk_size = (
-        64  # Prompts carry no loss, so need no logits.
-    )
+    config.train.loss_chunk_size = 64  # Prompts carry no loss, so need no logits.
     config.train.log_every = 5
     config.train.eval_every = 20
     config.train.checkpoint_every = 20
