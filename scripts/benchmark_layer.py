@@ -4,7 +4,8 @@ A candidate computes y = x W0 + delta(x) with W0 frozen, and for a fixed dL/dy t
 with respect to x and the adapter's parameters; all of these are results, so that nothing of it can
 be optimised away. `scripts/benchmark.py` prints the table.
 
-Axis letters: G routing groups, S tokens a group, D features in, F features out, E experts, R rank.
+Axis letters: G routing groups, S tokens a group, N = G * S tokens, D features in, F features out,
+E experts, R rank.
 """
 
 import ctypes
@@ -122,7 +123,8 @@ def run_layer_benchmark(
     """Measures every (S, rank, k) setting, one group of S tokens, on the default device.
 
     Candidates take turns in `repeats` rounds, so a busy machine slows all of them alike. Each is
-    timed from call to finished result, after a first run that compiles.
+    timed from call to finished result, after a first run. Call `keep_freed_memory` before, or the
+    times of the larger sizes hold those of the system's page clearing.
 
     Args:
       sizes_S: tokens of the group.
@@ -182,7 +184,7 @@ def _measure(candidates, size, d_in, d_out, dtype, repeats, skip_seconds):
         seconds[name] = [first] if first > skip_seconds else []
     timed = [name for name in calls if not seconds[name]]
     for turn in range(repeats):
-        shift = turn % len(timed)
+        shift = turn % max(len(timed), 1)
         for name in timed[shift:] + timed[:shift]:
             seconds[name].append(_seconds(*calls[name]))
     return {name: (seconds[name], memory[name]) for name in calls}

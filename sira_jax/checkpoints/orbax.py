@@ -22,7 +22,7 @@ class Checkpointer:
     """The checkpoints of one run directory.
 
     Args:
-      directory: where they are; made on the first save.
+      directory: where they are; made if missing.
       keep: newest checkpoints kept.
       best_metric: name in the `metrics` given to `save` whose best checkpoint is kept besides; "" for none.
       best_mode: "min" or "max".
@@ -45,21 +45,26 @@ class Checkpointer:
             policies.append(
                 _MANAGER.BestN(n=1, get_metric_fn=best_fn, keep_checkpoints_without_metrics=False)
             )
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=_MANAGER.AnyPreservationPolicy(policies),
-                best_fn=best_fn,
-                enable_async_checkpointing=True,
-                create=True,
-            ),
-            item_handlers={
-                "adapter": ocp.StandardCheckpointHandler(),
-                "optimizer": ocp.StandardCheckpointHandler(),
-                "data": ocp.JsonCheckpointHandler(),
-                "meta": ocp.JsonCheckpointHandler(),
-            },
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_MANAGER.AnyPreservationPolicy(policies),
+            best_fn=best_fn,
+            enable_async_checkpointing=True,
+            create=True,
         )
+        handlers = {
+            "adapter": ocp.StandardCheckpointHandler(),
+            "optimizer": ocp.StandardCheckpointHandler(),
+            "data": ocp.JsonCheckpointHandler(),
+            "meta": ocp.JsonCheckpointHandler(),
+        }
+        try:
+            # Reads the metrics of all checkpoints, any of which may be damaged.
+            self._manager = ocp.CheckpointManager(
+                self.directory, options=options, item_handlers=handlers
+            )
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise CheckpointError(f"{self.directory}: cannot be read: {reason}") from error
 
     def save(
         self,

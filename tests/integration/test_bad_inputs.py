@@ -42,7 +42,7 @@ CONFIGS = [
     ({"adapter__targets": ["("]}, "adapter.targets='('", "regular expressions"),
     ({"adapter__overrides": {"down": {"rnk": 8}}}, "adapter.overrides['down']", "rnk", "rank"),
     ({"adapter__overrides": {"dwn": {"rank": 8}}}, "adapter.overrides", "'dwn'", "projection"),
-    ({"data__template": "chat"}, "template='chat'", "chat_template"),
+    ({"data__template": "chat"}, "data.template='chat'", "vocabulary"),
     ({"data__sequence_length": 257}, "data.sequence_length=257", "256 positions"),
     ({"decode__max_new_tokens": 256}, "decode.max_new_tokens=256", "256 positions"),
     ({"data__tasks": [TASK, TASK]}, "data.tasks=", f"{TASK} is in it twice"),
