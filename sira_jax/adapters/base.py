@@ -3,6 +3,7 @@
 Axis letters: B batch, T length, D features in, F features out, E experts, R rank.
 """
 
+import abc
 import dataclasses
 import math
 import re
@@ -49,7 +50,7 @@ class AdapterFlops:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
+class AdapterConfig(abc.ABC):
     """Fields that every method has; a method subclasses this and implements the four methods at the end.
 
     Attributes:
@@ -122,21 +123,21 @@ class AdapterConfig:
 
     # What a method implements.
 
+    @abc.abstractmethod
     def make_module(self) -> nn.Module:
         """The Flax module, named `adapter`, called as module(x_BTD, y_BTF, kernel_DF, context) -> y_BTF."""
-        raise NotImplementedError
 
     def merge(self, params: Mapping[str, jax.Array], kernel_DF: jax.Array) -> jax.Array:
         """The plain kernel that computes what kernel and adapter compute together; MergeError if there is none."""
         raise MergeError(f"adapter.method={self.method!r} cannot be merged into a plain kernel")
 
+    @abc.abstractmethod
     def count_parameters(self, d_in: int, d_out: int) -> int:
         """Trained parameters on one d_in x d_out projection."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def flops_per_token(self, d_in: int, d_out: int) -> AdapterFlops:
         """Forward FLOPs that the equation needs a token (what a dispatch algorithm adds is not counted)."""
-        raise NotImplementedError
 
 
 def _is_number(value: object) -> bool:
