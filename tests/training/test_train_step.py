@@ -13,9 +13,7 @@ from sira_jax.training.config import OptimizerConfig
 from sira_jax.training.optimizers import make_optimizer, make_schedule
 from sira_jax.training.train_state import (
     TrainState,
-    abstract_params,
     count,
-    init_adapter,
     merge_params,
     split_params,
 )
@@ -388,28 +386,3 @@ def test_dropout_follows_the_step_and_the_microbatch():
     later = step(state.replace(step=jnp.int32(1)), frozen, BATCH)[1]
     assert one["loss"] == same["loss"]
     assert one["loss"] != later["loss"]
-
-
-def test_split_and_merge_are_inverse():
-    params = decoder_params(Decoder(decoder_config(), SIRA))
-    trained, frozen = split_params(params)
-    assert count(trained) + count(frozen) == count(params)
-    paths = [
-        [entry.key for entry in path] for path, _ in jax.tree_util.tree_leaves_with_path(trained)
-    ]
-    assert len(paths) == 3
-    assert all("adapter" in path for path in paths)
-    jax.tree.map(np.testing.assert_array_equal, merge_params(trained, frozen), params)
-
-
-def test_init_adapter_is_the_models_own_initialisation():
-    model = Decoder(decoder_config(), SIRA)
-    adapter = init_adapter(model, 3)
-    boxes = split_params(abstract_params(model))[0]
-    shapes = jax.tree.map(lambda box: box.value.shape, boxes, is_leaf=lambda x: hasattr(x, "names"))
-    assert jax.tree.map(lambda leaf: leaf.shape, adapter) == shapes
-    down = adapter["layers"]["mlp"]["down"]["adapter"]
-    assert not np.any(down["lora_b"])
-    assert np.any(down["router"][0] != down["router"][1])
-    other = init_adapter(model, 4)["layers"]["mlp"]["down"]["adapter"]
-    assert np.any(other["router"] != down["router"])
