@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from sira_jax.errors import check
 from sira_jax.routing.capacity import expert_capacity, queue_positions, within_capacity
 from sira_jax.routing.config import RoutingConfig
+from sira_jax.routing.products import project
 
 # Up to this many experts are ranked by comparing them all, more by `top_k`.
 MAX_COMPARED_EXPERTS = 64
@@ -46,8 +47,7 @@ class Routing:
 
 def router_logits(x_GSD: jax.Array, router_DE: jax.Array) -> jax.Array:
     """Returns x Wg in float32, (G, S, E), whatever the type of `x_GSD` [S: float32, no bias]."""
-    return jnp.einsum(
-        "gsd,de->gse",
+    return project(
         x_GSD.astype(jnp.float32),
         router_DE.astype(jnp.float32),
         precision=jax.lax.Precision.HIGHEST,
