@@ -15,7 +15,11 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from scripts.benchmark_layer import ALGORITHMS, run_layer_benchmark
+from scripts.benchmark_layer import (
+    ALGORITHMS,
+    keep_freed_memory,
+    run_layer_benchmark,
+)
 from scripts.benchmark_step import run_step_benchmark, step_adapters
 from scripts.cli import run_main
 from sira_jax.errors import check
@@ -51,6 +55,7 @@ def _numbers(flag) -> list[int]:
 def main(argv: list[str]) -> None:
     """Runs the benchmark."""
     del argv
+    keep_freed_memory()
     rows = _layer() if KIND.value == "layer" else _step()
     print(format_rows(rows))
     if OUT.value:
