@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sira_jax.adapters import AdapterConfig, LoRAConfig, SiRAConfig
+from sira_jax.adapters import AdapterConfig, LoRAConfig, SiRAConfig, split_trained
 from sira_jax.models import Decoder, DecoderConfig
 from sira_jax.training.config import OptimizerConfig
 from sira_jax.training.optimizers import make_optimizer, make_schedule
@@ -114,10 +114,13 @@ class _Candidate:
         model = Decoder(config, adapter)
         optimizer_config = OptimizerConfig()
         optimizer = make_optimizer(optimizer_config, 1000)
-        step = make_train_step(model, optimizer, make_schedule(optimizer_config, 1000), seed=0)
+        step = make_train_step(
+            model, optimizer, make_schedule(optimizer_config, 1000), seed=0, num_steps=1000
+        )
         params = init_adapter(model, 0)
+        trained = split_trained(params)[0]
         self._state = TrainState(
-            step=jnp.int32(0), adapter=params, optimizer=optimizer.init(params)
+            step=jnp.int32(0), adapter=params, optimizer=optimizer.init(trained)
         )
         self._frozen, self._batch = split_params(frozen)[1], batch
         self._step = (
@@ -126,7 +129,7 @@ class _Candidate:
         memory = self._step.memory_analysis()
         self.temp_mib = None if memory is None else memory.temp_size_in_bytes / 2**20
         self.state_mib = sum(x.nbytes for x in jax.tree.leaves(self._state)) / 2**20
-        self.trained = count(params)
+        self.trained = count(trained)
 
     def step(self) -> float:
         """Runs one step and returns its seconds."""

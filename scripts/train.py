@@ -20,7 +20,7 @@ from sira_jax.errors import ConfigError
 from sira_jax.files import write_text
 from sira_jax.training import loop
 from sira_jax.training.logging import read_metrics
-from sira_jax.training.train_state import count, split_params
+from sira_jax.training.train_state import count, count_trained, split_params
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment, a Python file in configs/."
@@ -70,7 +70,7 @@ def train(plan: assemble.Plan, workdir: Path, *, tensorboard: bool = True) -> st
         task_names=[task.name for task in loaded],
         tensorboard=tensorboard,
     )
-    trained, total = count(trainer.state.adapter), count(frozen)
+    trained, total = count_trained(trainer.state.adapter), count(frozen)
     print(
         f"{experiment.adapter.method}: {trained:,} trained parameters, {trained / total:.2%} of the"
         f" base's {total:,}; {len(loaded)} tasks, {sum(map(len, loaded)):,} examples"

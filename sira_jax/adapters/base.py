@@ -1,44 +1,31 @@
-"""What every adapter shares: its config, the projection that carries it, and the predicate that tells trained from frozen.
+"""What every adapter shares: its config and hooks, the projection that carries it, and what tells trained from frozen.
 
-Axis letters: B batch, T length, D features in, F features out, E experts, R rank.
+Axis letters: B batch, T length, D features in, F features out, R rank.
 """
 
 import abc
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct, traverse_util
 
+from sira_jax.adapters.context import AdapterContext, Projection
 from sira_jax.errors import ConfigError, MergeError, check
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 # Where they are in a decoder block, which is what patterns match.
 PATHS = tuple(f"{'attention' if name in 'qkvo' else 'mlp'}/{name}" for name in PROJECTIONS)
 ADAPTER = "adapter"
-Initializer = Callable[..., jax.Array]
+# What an adapter keeps beside its trained parameters (masks, scores, merged sums, frozen random factors) are leaves
+# whose names start so: they are saved and restored with the adapter, and no gradient or optimizer state exists for them.
+BUFFER = "buffer_"
 
-
-@struct.dataclass
-class AdapterContext:
-    """What an adapter may know of the batch besides its projection's input.
-
-    Attributes:
-      valid_BT: True at real tokens, False at padding; None means all are real.
-      task_ids_BT: index of each token's task, for per-task metrics; None means one task.
-      num_tasks: number of tasks that `task_ids_BT` counts (static; 0 turns per-task metrics off).
-      deterministic: True outside training: no dropout of any kind, evaluation capacity (static).
-    """
-
-    valid_BT: jax.Array | None = None
-    task_ids_BT: jax.Array | None = None
-    num_tasks: int = struct.field(pytree_node=False, default=0)
-    deterministic: bool = struct.field(pytree_node=False, default=True)
+Path = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,8 +37,37 @@ class AdapterFlops:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SecondPass:
+    """A second forward pass with other random draws, held to the first by weight * symmetric KL divergence.
+
+    Attributes:
+      weight: of (KL(first || second) + KL(second || first)) / 2, a mean over the target tokens, nats.
+      both_gradients: differentiate through both passes. Otherwise through the first alone, with twice the weight: as
+        the two are drawn alike, the gradient is the same in expectation, and the second pass costs no backward pass.
+    """
+
+    weight: float
+    both_gradients: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepInfo:
+    """Where training stands, for `AdapterConfig.after_step`.
+
+    Attributes:
+      step: optimizer steps done, this one included, int32 scalar.
+      num_steps: steps of the whole training (static).
+      key: random key of this step.
+    """
+
+    step: jax.Array
+    num_steps: int
+    key: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig(abc.ABC):
-    """Fields that every method has; a method subclasses this and implements the four methods at the end.
+    """Fields that every method has; a method subclasses this and implements the methods at the end.
 
     Attributes:
       rank: width R of a low-rank pair.
@@ -125,10 +141,18 @@ class AdapterConfig(abc.ABC):
 
     @abc.abstractmethod
     def make_module(self) -> nn.Module:
-        """The Flax module, named `adapter`, called as module(x_BTD, y_BTF, kernel_DF, context) -> y_BTF."""
+        """The Flax module, named `adapter`, called as module(x_BTD, projection, context) -> y_BTF.
+
+        It calls `projection` itself, once, so that it may change what goes in and what comes out. It may sow a weighted scalar
+        into `losses` (averaged over all adapters and added to the loss) and RouterStats into `metrics`, and draw from the
+        RNG streams `dropout`, `expert_dropout` and `expert_choice` in training.
+        """
 
     def merge(self, params: Mapping[str, jax.Array], kernel_DF: jax.Array) -> jax.Array:
-        """The plain kernel that computes what kernel and adapter compute together; MergeError if there is none."""
+        """The plain kernel that computes what kernel and adapter compute together; MergeError if there is none.
+
+        Leading axes, of stacked layers, go along.
+        """
         raise MergeError(f"adapter.method={self.method!r} cannot be merged into a plain kernel")
 
     @abc.abstractmethod
@@ -138,6 +162,68 @@ class AdapterConfig(abc.ABC):
     @abc.abstractmethod
     def flops_per_token(self, d_in: int, d_out: int) -> AdapterFlops:
         """Forward FLOPs that the equation needs a token (what a dispatch algorithm adds is not counted)."""
+
+    # Hooks for methods that need more than their projection's view. The defaults do nothing, and neither models nor
+    # training ask which method it is.
+
+    @property
+    def second_pass(self) -> SecondPass | None:
+        """A second stochastic forward pass of each training step, and how it enters the loss; None for none."""
+        return None
+
+    def make_block_module(self) -> nn.Module | None:
+        """A module that each block runs first, named `adapter`, called as module(x_BTD, context) -> anything.
+
+        x is the block's input; what it returns is `context.block` of the block's projections.
+        """
+        return None
+
+    def count_block_parameters(self, emb_dim: int) -> int:
+        """Trained parameters of the block module."""
+        del emb_dim
+        return 0
+
+    def initial_carry(
+        self, d_in: int, d_out: int, batch_shape: tuple[int, int], dtype: Any
+    ) -> Any | None:
+        """What the first layer's adapter finds in `context.link.previous` under its path; None for no carry.
+
+        Args:
+          d_in, d_out: of the projection.
+          batch_shape: (B, T).
+          dtype: type of the computation.
+        """
+        del d_in, d_out, batch_shape, dtype
+
+    def initialise(self, adapter: dict[str, Any], key: jax.Array) -> dict[str, Any]:
+        """The whole model's fresh adapter tree, where its parts must agree with one another; runs jitted."""
+        del key
+        return adapter
+
+    def after_step(
+        self, adapter: dict[str, Any], info: StepInfo
+    ) -> tuple[dict[str, Any], jax.Array | None]:
+        """Changes the whole model's adapter tree after an optimizer step, inside the jitted step.
+
+        Returns (adapter, restart); where the bool scalar `restart` is true, the optimizer's moments start anew (its
+        learning-rate schedule goes on). None never restarts.
+        """
+        del info
+        return adapter, None
+
+    def merge_tree(
+        self, adapters: Mapping[Path, Mapping[str, Any]], kernels: Mapping[Path, jax.Array]
+    ) -> dict[Path, jax.Array]:
+        """Merged kernels of all projections; methods whose layers depend on one another override this.
+
+        Args:
+          adapters: path of a projection ("layers", "attention", "q") -> its adapter's parameters.
+          kernels: the same paths -> kernel, with a leading axis of layers where they are stacked.
+        """
+        return {
+            path: self.for_projection("/".join(path[-2:])).merge(leaves, kernels[path])
+            for path, leaves in adapters.items()
+        }
 
 
 def _is_number(value: object) -> bool:
@@ -203,6 +289,7 @@ class AdaptedDense(nn.Module):
       dtype: type of the computation.
       param_dtype: type of kernel and bias.
       kernel_axes: logical axis names of the kernel's two axes.
+      path: where the projection is in its block, "attention/q".
     """
 
     features: int
@@ -211,6 +298,7 @@ class AdaptedDense(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     kernel_axes: tuple[str, str] = ("embed", "mlp")
+    path: str = ""
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, context: AdapterContext) -> jax.Array:
@@ -222,20 +310,25 @@ class AdaptedDense(nn.Module):
             (x_BTD.shape[-1], self.features),
             self.param_dtype,
         )
-        x_BTD = x_BTD.astype(self.dtype)
-        y_BTF = x_BTD @ kernel_DF.astype(self.dtype)
+        bias_F = None
         if self.use_bias:
             bias_init = nn.with_logical_partitioning(nn.initializers.zeros, self.kernel_axes[1:])
             bias_F = self.param("bias", bias_init, (self.features,), self.param_dtype)
-            y_BTF = y_BTF + bias_F.astype(self.dtype)
-        if self.adapter is not None:
-            y_BTF = self.adapter.make_module()(x_BTD, y_BTF, kernel_DF, context)
-        return y_BTF
+        projection = Projection(self.path, kernel_DF, bias_F, self.dtype, self.kernel_axes)
+        x_BTD = x_BTD.astype(self.dtype)
+        if self.adapter is None:
+            return projection(x_BTD)
+        return self.adapter.make_module()(x_BTD, projection, context)
 
 
-def is_trained(path: tuple[str, ...]) -> bool:
-    """Whether the parameter at `path` is trained: exactly those under a module named `adapter` are."""
+def is_adapter(path: Path) -> bool:
+    """Whether the parameter at `path` is the adapter's, trained or not: exactly those under a module named `adapter` are."""
     return ADAPTER in path
+
+
+def is_trained(path: Path) -> bool:
+    """Whether the parameter at `path` is trained: the adapter's are, but for its buffers."""
+    return is_adapter(path) and not path[-1].startswith(BUFFER)
 
 
 def lora_a_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
@@ -245,25 +338,3 @@ def lora_a_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
     """
     bound = shape[-2] ** -0.5
     return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-
-def merge(adapter: AdapterConfig, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of the plain model that computes what the adapted one computes.
-
-    Args:
-      adapter: config of the model's adapters.
-      params: all parameters, layers stacked or apart.
-
-    Raises:
-      MergeError: the method has no such model, with the reason.
-    """
-    flat = traverse_util.flatten_dict(params)
-    adapters: dict[tuple[str, ...], dict] = {}
-    for path in [path for path in flat if is_trained(path)]:
-        at = path.index(ADAPTER)
-        adapters.setdefault(path[:at], {})[path[at + 1 :]] = flat.pop(path)
-    for projection, leaves in adapters.items():
-        config = adapter.for_projection("/".join(projection[-2:]))
-        kernel = (*projection, "kernel")
-        flat[kernel] = config.merge(traverse_util.unflatten_dict(leaves), flat[kernel])
-    return traverse_util.unflatten_dict(flat)

@@ -11,13 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sira_jax.adapters.base import (
-    ADAPTER,
-    AdapterConfig,
-    AdapterContext,
-    AdapterFlops,
-    lora_a_init,
-)
+from sira_jax.adapters.base import ADAPTER, AdapterConfig, AdapterFlops, lora_a_init
+from sira_jax.adapters.context import AdapterContext, Projection
+from sira_jax.adapters.trees import add_to_kernel
 from sira_jax.routing import project
 
 
@@ -32,10 +28,8 @@ class LoRAConfig(AdapterConfig):
 
     def merge(self, params: Mapping[str, jax.Array], kernel_DF: jax.Array) -> jax.Array:
         """W0 + s A B, summed in float32 and cast back to the kernel's type; leading axes, of layers, go along."""
-        delta_DF = self.scale * (
-            params["lora_a"].astype(jnp.float32) @ params["lora_b"].astype(jnp.float32)
-        )
-        return (kernel_DF.astype(jnp.float32) + delta_DF).astype(kernel_DF.dtype)
+        delta_DF = params["lora_a"].astype(jnp.float32) @ params["lora_b"].astype(jnp.float32)
+        return add_to_kernel(kernel_DF, self.scale * delta_DF)
 
     def count_parameters(self, d_in: int, d_out: int) -> int:
         return self.rank * (d_in + d_out)
@@ -51,10 +45,11 @@ class LoRA(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, y_BTF: jax.Array, kernel_DF: jax.Array, context: AdapterContext
+        self, x_BTD: jax.Array, projection: Projection, context: AdapterContext
     ) -> jax.Array:
-        """Adds the low-rank term to the frozen projection's output y (B, T, F)."""
-        d_in, d_out = kernel_DF.shape
+        """The frozen projection's output (B, T, F) plus the low-rank term."""
+        d_in, d_out = projection.shape
+        y_BTF = projection(x_BTD)
         rank = self.config.rank
         lora_a_DR = self.param(
             "lora_a",

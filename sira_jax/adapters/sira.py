@@ -9,16 +9,10 @@ from typing import ClassVar
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from sira_jax import routing
-from sira_jax.adapters.base import (
-    ADAPTER,
-    AdapterConfig,
-    AdapterContext,
-    AdapterFlops,
-    lora_a_init,
-)
+from sira_jax.adapters.base import ADAPTER, AdapterConfig, AdapterFlops, lora_a_init
+from sira_jax.adapters.context import AdapterContext, Projection
 from sira_jax.errors import MergeError
 
 
@@ -73,11 +67,12 @@ class SiRA(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, y_BTF: jax.Array, kernel_DF: jax.Array, context: AdapterContext
+        self, x_BTD: jax.Array, projection: Projection, context: AdapterContext
     ) -> jax.Array:
-        """Adds the experts' mixture to the frozen projection's output y (B, T, F)."""
+        """The frozen projection's output (B, T, F) plus the experts' mixture."""
         config = self.config
-        d_in, d_out = kernel_DF.shape
+        d_in, d_out = projection.shape
+        y_BTF = projection(x_BTD)
         experts, rank = config.num_experts, config.rank
         router_DE = self.param(
             "router",
@@ -96,9 +91,7 @@ class SiRA(nn.Module):
             nn.with_logical_partitioning(nn.initializers.zeros, ("expert", "rank", "adapter_out")),
             (experts, rank, d_out),
         )
-        valid_BT = context.valid_BT
-        if valid_BT is None:
-            valid_BT = jnp.ones(x_BTD.shape[:2], bool)
+        valid_BT = context.valid_or_all(x_BTD.shape[:2])
         x_GSD, valid_GS = routing.group_tokens(x_BTD, valid_BT, config.group_size)
         training = not context.deterministic
         dropped_x_GSD = None

@@ -92,6 +92,20 @@ class DecoderConfig:
     scan_layers: bool = True
     remat_policy: str = "none"
 
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """Path in a block -> (d_in, d_out) of the projections that may carry adapters, in the order they are computed."""
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "attention/q": (self.emb_dim, queries),
+            "attention/k": (self.emb_dim, keys),
+            "attention/v": (self.emb_dim, keys),
+            "attention/o": (queries, self.emb_dim),
+            "mlp/gate": (self.emb_dim, self.mlp_dim),
+            "mlp/up": (self.emb_dim, self.mlp_dim),
+            "mlp/down": (self.mlp_dim, self.emb_dim),
+        }
+
     def __post_init__(self):
         for name in (
             "vocab_size",

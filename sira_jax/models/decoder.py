@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sira_jax.adapters import AdapterConfig, AdapterContext
+from sira_jax.adapters import AdapterConfig, AdapterContext, LayerLink
 from sira_jax.models.config import DecoderConfig
 from sira_jax.models.layers import MLP, Attention, RMSNorm, rotary_tables
 
@@ -30,8 +30,15 @@ class DecoderBlock(nn.Module):
     adapter: AdapterConfig | None
 
     @nn.compact
-    def __call__(self, x_BTD, mask_BTS, rotary, context, cache_index):
+    def __call__(self, state, mask_BTS, rotary, context, cache_index):
+        """`state` is (x_BTD, carry), the carry being what adapters hand from layer to layer (see `LayerLink`)."""
         config = self.config
+        x_BTD, carry = state
+        link = LayerLink(carry)
+        block_module = self.adapter and self.adapter.make_block_module()
+        if block_module is not None:
+            context = context.replace(block=block_module(x_BTD, context))
+        context = context.replace(link=link)
 
         def norm(name):
             return RMSNorm(config.norm_eps, config.param_dtype, name=name)
@@ -41,7 +48,7 @@ class DecoderBlock(nn.Module):
         h_BTD = norm("input_norm")(x_BTD)
         x_BTD = x_BTD + attention(h_BTD, mask_BTS, rotary, context, cache_index)
         x_BTD = x_BTD + mlp(norm("mlp_norm")(x_BTD), context)
-        return x_BTD, None
+        return (x_BTD, carry | link.next), None
 
 
 class Decoder(nn.Module):
@@ -49,10 +56,12 @@ class Decoder(nn.Module):
 
     A batch is a mapping with the names that SeqIO and T5X use, each (B, T): `decoder_input_tokens`, and optionally
     `decoder_segment_ids` (0 is padding, 1.. the examples packed in a row; default all 1), `decoder_positions` (default
-    0..T-1) and `task_ids` (for per-task router metrics).
+    0..T-1), `task_ids` (for per-task router metrics), `decoder_loss_weights` (they tell an adapter that routes by the prompt
+    where a prompt ends; without them all tokens are the prompt's) and `adapter_ids` (B,), which of an AdapterSet's adapters
+    a row uses.
 
     Collections: `params`; `cache` while decoding; `losses` and `metrics` are sown by adapters. RNG streams in training:
-    `dropout` and `expert_dropout`.
+    `dropout`, `expert_dropout` and `expert_choice`.
 
     Attributes:
       config: sizes.
@@ -86,7 +95,12 @@ class Decoder(nn.Module):
             scanned = nn.scan(
                 block,
                 variable_axes={"params": 0, "cache": 0, "losses": 0, "metrics": 0},
-                split_rngs={"params": True, "dropout": True, "expert_dropout": True},
+                split_rngs={
+                    "params": True,
+                    "dropout": True,
+                    "expert_dropout": True,
+                    "expert_choice": True,
+                },
                 in_axes=nn.broadcast,
                 length=config.num_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
@@ -107,17 +121,31 @@ class Decoder(nn.Module):
             )
 
     def __call__(
-        self, batch: Batch, *, deterministic: bool = True, cache_length: int | None = None
+        self,
+        batch: Batch,
+        *,
+        deterministic: bool = True,
+        cache_length: int | None = None,
+        progress: jax.Array | None = None,
     ) -> jax.Array:
         """Logits (B, T, V) in float32: `logits` of `features`."""
         return self.logits(
-            self.features(batch, deterministic=deterministic, cache_length=cache_length)
+            self.features(
+                batch, deterministic=deterministic, cache_length=cache_length, progress=progress
+            )
         )
 
     def features(
-        self, batch: Batch, *, deterministic: bool = True, cache_length: int | None = None
+        self,
+        batch: Batch,
+        *,
+        deterministic: bool = True,
+        cache_length: int | None = None,
+        progress: jax.Array | None = None,
     ) -> jax.Array:
         """Final normalised activations (B, T, D), before the projection onto the vocabulary.
+
+        `progress` is the share of the training that is done, for adapters with a schedule.
 
         With `cache_length`, keys and values go to a cache of that many slots (collection `cache`, mutable): the first call
         fills it from slot 0, later calls go on where the last one ended. Rows may start with padding (segment id 0), so
@@ -133,9 +161,14 @@ class Decoder(nn.Module):
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         context = AdapterContext(
             valid_BT=segments_BT > 0,
+            segment_ids_BT=segments_BT,
+            prompt_BT=prompt_mask(segments_BT, batch.get("decoder_loss_weights")),
             task_ids_BT=batch.get("task_ids") if self.num_tasks else None,
+            progress=progress,
+            adapter_ids_B=batch.get("adapter_ids"),
             num_tasks=self.num_tasks,
             deterministic=deterministic,
+            decoding=cache_length is not None,
         )
         if cache_length is None:
             cache_index = None
@@ -145,9 +178,22 @@ class Decoder(nn.Module):
             mask_BTS = attention_mask(segments_BT, key_segments_BS, cache_index)
         rotary = rotary_tables(positions_BT, self.config)
         x_BTD = self.token_embedder(tokens_BT)
+        state = (x_BTD, self._initial_carry(tokens_BT.shape))
         for block in [self.layers] if self.config.scan_layers else self.layers:
-            x_BTD, _ = block(x_BTD, mask_BTS, rotary, context, cache_index)
-        return self.final_norm(x_BTD)
+            state, _ = block(state, mask_BTS, rotary, context, cache_index)
+        return self.final_norm(state[0])
+
+    def _initial_carry(self, batch_shape):
+        """What the adapters of the first layer find of a layer before, by projection; empty for most methods."""
+        carry = {}
+        for path, (d_in, d_out) in self.config.projections.items():
+            adapter = self.adapter and self.adapter.for_projection(path)
+            if adapter:
+                first = adapter.initial_carry(
+                    d_in, d_out, batch_shape, jnp.dtype(self.config.dtype)
+                )
+                carry |= {} if first is None else {path: first}
+        return carry
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Projects activations (..., D) onto the vocabulary, (..., V), in float32."""
@@ -169,6 +215,20 @@ class Decoder(nn.Module):
         self.put_variable("cache", "segment_ids", slots_BS)
         self.put_variable("cache", "index", start + segments_BT.shape[1])
         return start, slots_BS
+
+
+def prompt_mask(segments_BT: jax.Array, loss_weights_BT: jax.Array | None) -> jax.Array:
+    """True (B, T) at the tokens of prompts: the real ones that are not a target.
+
+    A token is a target if the position before it, in the same example, carries a loss. Without weights all real tokens
+    are the prompt's.
+    """
+    valid_BT = segments_BT > 0
+    if loss_weights_BT is None:
+        return valid_BT
+    before_BT = jnp.pad(loss_weights_BT[:, :-1] != 0, ((0, 0), (1, 0)))
+    same_BT = jnp.pad(segments_BT[:, 1:] == segments_BT[:, :-1], ((0, 0), (1, 0)))
+    return valid_BT & ~(before_BT & same_BT)
 
 
 def attention_mask(

@@ -74,7 +74,8 @@ class Projections(nn.Module):
         self, name: str, features: int, axes: tuple[str, str], use_bias: bool = False
     ) -> AdaptedDense:
         """The projection `name` of this module; its path for adapter targets is "<module name>/<name>"."""
-        adapter = self.adapter and self.adapter.for_projection(f"{self.name}/{name}")
+        path = f"{self.name}/{name}"
+        adapter = self.adapter and self.adapter.for_projection(path)
         return AdaptedDense(
             features=features,
             adapter=adapter,
@@ -82,6 +83,7 @@ class Projections(nn.Module):
             dtype=self.config.dtype,
             param_dtype=self.config.param_dtype,
             kernel_axes=axes,
+            path=path,
             name=name,
         )
 

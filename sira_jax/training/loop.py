@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sira_jax.adapters import split_trained
 from sira_jax.checkpoints.fingerprint import fingerprint
 from sira_jax.checkpoints.orbax import Checkpointer
 from sira_jax.errors import CheckpointError, ConfigError, TrainingError
@@ -175,6 +176,7 @@ class Trainer:
             self._optimizer,
             schedule,
             seed=train.seed,
+            num_steps=train.num_steps,
             accumulation_steps=train.accumulation_steps,
             loss_chunk_size=train.loss_chunk_size,
             task_names=task_names,
@@ -196,10 +198,14 @@ class Trainer:
         shardings = partitioning.param_shardings(boxes, self._mesh)
         adapter = jax.device_put(adapter, shardings)
         everywhere = partitioning.replicated(self._mesh)
+        trained = split_trained(adapter)[0]
         layout = partitioning.optimizer_shardings(
-            jax.eval_shape(self._optimizer.init, adapter), adapter, shardings, self._mesh
+            jax.eval_shape(self._optimizer.init, trained),
+            trained,
+            split_trained(shardings)[0],
+            self._mesh,
         )
-        optimizer = jax.jit(self._optimizer.init, out_shardings=layout)(adapter)
+        optimizer = jax.jit(self._optimizer.init, out_shardings=layout)(trained)
         step = jax.device_put(jnp.int32(0), everywhere)
         return TrainState(step=step, adapter=adapter, optimizer=optimizer)
 

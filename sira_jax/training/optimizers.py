@@ -1,5 +1,8 @@
 """Optimizers and learning-rate schedules from their configs, through optax."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -28,6 +31,20 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     if warmup == 0:
         return decay
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
+
+
+def restart_moments(state: Any, fresh: Any, restart: jax.Array) -> Any:
+    """`fresh` where the scalar `restart` is true, else `state`; the learning-rate schedule's step goes on in either case."""
+
+    def is_schedule(x):
+        return isinstance(x, optax.ScaleByScheduleState)
+
+    def choose(old, new):
+        if is_schedule(old):
+            return old
+        return jnp.where(restart, new, old)
+
+    return jax.tree.map(choose, state, fresh, is_leaf=is_schedule)
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:

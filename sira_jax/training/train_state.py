@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct, traverse_util
 
-from sira_jax.adapters import is_trained
+from sira_jax.adapters import is_adapter, split_trained
 from sira_jax.errors import ConfigError
 from sira_jax.models import Decoder
 
@@ -22,8 +22,8 @@ class TrainState:
 
     Attributes:
       step: optimizer steps done, an int32 scalar.
-      adapter: the trained parameters.
-      optimizer: optax state of `adapter`.
+      adapter: the adapter's parameters: trained ones and buffers (see `adapters.base.BUFFER`).
+      optimizer: optax state of the trained ones.
     """
 
     step: jax.Array
@@ -32,16 +32,18 @@ class TrainState:
 
 
 def split_params(params: Mapping[str, Any]) -> tuple[Params, Params]:
-    """Splits parameters into (trained, frozen) by `adapters.is_trained`."""
+    """Splits parameters into (adapter, frozen) by `adapters.is_adapter`."""
     flat = traverse_util.flatten_dict(params)
-    trained = {path: leaf for path, leaf in flat.items() if is_trained(path)}
-    frozen = {path: leaf for path, leaf in flat.items() if not is_trained(path)}
-    return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(frozen)
+    adapter = {path: leaf for path, leaf in flat.items() if is_adapter(path)}
+    frozen = {path: leaf for path, leaf in flat.items() if not is_adapter(path)}
+    return traverse_util.unflatten_dict(adapter), traverse_util.unflatten_dict(frozen)
 
 
-def merge_params(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> Params:
-    """The whole tree from its two halves; the inverse of `split_params`."""
-    flat = traverse_util.flatten_dict(frozen) | traverse_util.flatten_dict(trained)
+def merge_params(*trees: Mapping[str, Any]) -> Params:
+    """One tree from trees with different leaves; the inverse of `split_params` and `adapters.split_trained`."""
+    flat: dict[tuple[str, ...], Any] = {}
+    for tree in trees:
+        flat |= traverse_util.flatten_dict(tree)
     return traverse_util.unflatten_dict(flat)
 
 
@@ -52,7 +54,7 @@ def abstract_params(model: Decoder) -> Params:
 
 
 def init_adapter(model: Decoder, seed: int) -> Params:
-    """Fresh trained parameters, float32. The frozen ones are not computed: the compiler drops what is not returned.
+    """Fresh parameters of the adapter, float32. The frozen ones are not computed: the compiler drops what is not returned.
 
     Raises:
       ConfigError: if the adapter's targets match no projection of the model.
@@ -61,7 +63,10 @@ def init_adapter(model: Decoder, seed: int) -> Params:
     @jax.jit
     def init(key):
         tokens = {"decoder_input_tokens": jnp.zeros((1, 2), jnp.int32)}
-        return split_params(nn.unbox(model.init(key, tokens)["params"]))[0]
+        adapter = split_params(nn.unbox(model.init(key, tokens)["params"]))[0]
+        if model.adapter is not None:
+            adapter = model.adapter.initialise(adapter, jax.random.fold_in(key, 1))
+        return adapter
 
     adapter = init(jax.random.key(seed))
     if model.adapter is not None and not adapter:
@@ -74,3 +79,8 @@ def init_adapter(model: Decoder, seed: int) -> Params:
 def count(tree: Any) -> int:
     """Number of scalars in a tree of arrays or shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def count_trained(adapter: Params) -> int:
+    """Number of trained parameters in an adapter's tree: its buffers do not count."""
+    return count(split_trained(adapter)[0])

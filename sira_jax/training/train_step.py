@@ -1,7 +1,8 @@
 """The jitted training step and the loss it shares with evaluation.
 
-Only the adapter's tree is differentiated and updated; the frozen tree is an argument that no gradient or optimizer state is
-ever made for.
+Only the adapter's trained parameters are differentiated and updated; the frozen tree is an argument that no gradient or
+optimizer state is ever made for. What a method does besides (a second pass, a schedule, merging on the way) it does through
+the hooks of `AdapterConfig`.
 
 Axis letters: B batch, T length, N = B * T positions, D width, V vocabulary, A microbatches of a step.
 """
@@ -14,26 +15,49 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sira_jax.adapters import SecondPass, StepInfo, split_trained
 from sira_jax.models import Decoder
 from sira_jax.routing import RouterStats
+from sira_jax.training.optimizers import restart_moments
 from sira_jax.training.train_state import TrainState, merge_params
 
 Batch = Mapping[str, jax.Array]
 
 # Purposes of the one seed; a key is folded by step and then by purpose.
-RNG_STREAMS = ("dropout", "expert_dropout")
+RNG_STREAMS = ("dropout", "expert_dropout", "expert_choice")
+# What the key of a step's end (`AdapterConfig.after_step`) is folded with; microbatches count from 0 and never get there.
+_STEP_END = 2**31 - 1
 
 
-def step_rngs(seed: int, step: jax.Array | int, microbatch: jax.Array | int = 0) -> dict:
+def step_rngs(
+    seed: int, step: jax.Array | int, microbatch: jax.Array | int = 0, second_pass: bool = False
+) -> dict:
     """Keys of one forward pass: a pure function of seed, step, microbatch and purpose, so that resuming repeats them."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), microbatch)
-    return {name: jax.random.fold_in(key, purpose) for purpose, name in enumerate(RNG_STREAMS)}
+    first = len(RNG_STREAMS) if second_pass else 0
+    return {
+        name: jax.random.fold_in(key, first + purpose) for purpose, name in enumerate(RNG_STREAMS)
+    }
+
+
+def symmetric_kl(first_V: jax.Array, second_V: jax.Array) -> jax.Array:
+    """(KL(p || q) + KL(q || p)) / 2 of the distributions of two arrays of logits, nats, over the last axis."""
+    log_p_V = jax.nn.log_softmax(first_V.astype(jnp.float32))
+    log_q_V = jax.nn.log_softmax(second_V.astype(jnp.float32))
+    return 0.5 * jnp.sum((jnp.exp(log_p_V) - jnp.exp(log_q_V)) * (log_p_V - log_q_V), axis=-1)
 
 
 def token_losses(
-    model: Decoder, params: Any, features_BTD: jax.Array, batch: Batch, chunk_size: int
-) -> tuple[jax.Array, jax.Array]:
+    model: Decoder,
+    params: Any,
+    features_BTD: jax.Array,
+    batch: Batch,
+    chunk_size: int,
+    second_BTD: jax.Array | None = None,
+) -> tuple[jax.Array, ...]:
     """Weighted (cross-entropy in nats, 1 if the most likely token is right) of each position, float32 (B, T) each.
+
+    With `second_BTD`, the features of a second pass, also the weighted symmetric KL divergence between the two, in nats.
 
     With `chunk_size` > 0 the positions that carry a loss are moved to the front and their logits computed `chunk_size` at a
     time, so that prompts and padding cost no vocabulary product and the full (N, V) array is never held. The result is
@@ -44,15 +68,20 @@ def token_losses(
     targets_N = batch["decoder_target_tokens"].reshape(-1)
     weights_N = batch["decoder_loss_weights"].reshape(-1).astype(jnp.float32)
 
-    def losses(features, targets, weights):
+    def losses(targets, weights, features, *second):
         logits = model.apply({"params": params}, features, method="logits")
         nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         right = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
-        return nats * weights, right * weights
+        others = [model.apply({"params": params}, other, method="logits") for other in second]
+        return tuple(
+            value * weights for value in (nats, right, *(symmetric_kl(logits, o) for o in others))
+        )
 
+    parts = [targets_N, weights_N, features_ND]
+    if second_BTD is not None:
+        parts.append(second_BTD.reshape(features_ND.shape))
     if chunk_size == 0:
-        nats_N, right_N = losses(features_ND, targets_N, weights_N)
-        return nats_N.reshape(shape), right_N.reshape(shape)
+        return tuple(values_N.reshape(shape) for values_N in losses(*parts))
     count = targets_N.shape[0]
     order_N = jnp.argsort(weights_N == 0, stable=True)
     padding = -count % chunk_size
@@ -65,18 +94,17 @@ def token_losses(
     # not around the branch: what a branch saves, the vocabulary table too, would be stacked for all chunks.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def one_chunk(_, chunk):
-        zeros = jnp.zeros(chunk_size, jnp.float32)
-        has_loss = jnp.any(chunk[2] != 0)
-        return None, jax.lax.cond(has_loss, losses, lambda *_: (zeros, zeros), *chunk)
+        zeros = (jnp.zeros(chunk_size, jnp.float32),) * (len(parts) - 1)
+        has_loss = jnp.any(chunk[1] != 0)
+        return None, jax.lax.cond(has_loss, losses, lambda *_: zeros, *chunk)
 
-    parts = (chunks(features_ND), chunks(targets_N), chunks(weights_N))
-    _, results = jax.lax.scan(one_chunk, None, parts)
+    _, results = jax.lax.scan(one_chunk, None, tuple(chunks(part) for part in parts))
 
     def unchunk(values):
         values_N = jnp.zeros(count, jnp.float32).at[order_N].set(values.reshape(-1)[:count])
         return values_N.reshape(shape)
 
-    return unchunk(results[0]), unchunk(results[1])
+    return tuple(unchunk(values) for values in results)
 
 
 def auxiliary_loss(sown: Mapping[str, Any]) -> jax.Array:
@@ -169,6 +197,7 @@ def make_train_step(
     schedule: optax.Schedule,
     *,
     seed: int,
+    num_steps: int,
     accumulation_steps: int = 1,
     loss_chunk_size: int = 0,
     task_names: Sequence[str] = (),
@@ -177,25 +206,50 @@ def make_train_step(
 
     The loss is the mean cross-entropy over the target tokens of the whole batch plus the auxiliary loss. With accumulation,
     microbatches are rows [0, B/A), [B/A, 2B/A), ...; each is weighted by its target tokens, so that the cross-entropy's
-    gradient is that of the whole batch, and auxiliary losses are averaged.
+    gradient is that of the whole batch, and auxiliary losses are averaged. An adapter's second pass adds its consistency
+    term to the auxiliary loss.
+
+    Args:
+      model: decoder with the adapter.
+      optimizer: of the trained parameters.
+      schedule: its learning rate, for the metrics.
+      seed: the one seed.
+      num_steps: steps of the whole training, for adapters with a schedule.
+      accumulation_steps: A.
+      loss_chunk_size: see TrainConfig.
+      task_names: for per-task router metrics.
 
     Metrics, float32: loss (nats a target token), accuracy, auxiliary_loss, gradient_norm (before clipping), parameter_norm
-    (of the adapter after the update), learning_rate, tokens (real ones), target_tokens, and those of `router_summary`.
+    (of the trained parameters after the update), learning_rate, tokens (real ones), target_tokens, and those of
+    `router_summary`.
     """
+    second = model.adapter.second_pass if model.adapter is not None else None
 
-    def loss_fn(adapter, frozen, batch, rngs, total_weight):
-        params = merge_params(adapter, frozen)
-        features_BTD, sown = model.apply(
-            {"params": params},
-            batch,
-            deterministic=False,
-            rngs=rngs,
-            method="features",
-            mutable=["losses", "metrics"],
-        )
-        nats_BT, right_BT = token_losses(model, params, features_BTD, batch, loss_chunk_size)
-        nats, right = jnp.sum(nats_BT), jnp.sum(right_BT)
+    def loss_fn(trained, buffers, frozen, batch, progress, index, step, total_weight):
+        params = merge_params(trained, buffers, frozen)
+
+        def run(params, second_pass):
+            return model.apply(
+                {"params": params},
+                batch,
+                deterministic=False,
+                progress=progress,
+                rngs=step_rngs(seed, step, index, second_pass),
+                method="features",
+                mutable=["losses", "metrics"],
+            )
+
+        features_BTD, sown = run(params, second_pass=False)
         auxiliary = auxiliary_loss(sown.get("losses", {})) / accumulation_steps
+        second_BTD = _second_features(second, run, params) if second else None
+        nats_BT, right_BT, *divergence_BT = token_losses(
+            model, params, features_BTD, batch, loss_chunk_size, second_BTD
+        )
+        nats, right = jnp.sum(nats_BT), jnp.sum(right_BT)
+        if second:
+            factor = 1.0 if second.both_gradients else 2.0
+            divergence = jnp.sum(divergence_BT[0]) / total_weight
+            auxiliary += _scale_gradient(second.weight * divergence, factor)
         metrics = {
             "loss": nats / total_weight,
             "accuracy": right / total_weight,
@@ -206,22 +260,34 @@ def make_train_step(
 
     def step(state: TrainState, frozen: Any, batch: Batch):
         total_weight = jnp.maximum(jnp.sum(batch["decoder_loss_weights"]), 1.0)
+        trained, buffers = split_trained(state.adapter)
+        progress = state.step.astype(jnp.float32) / num_steps
 
         def gradient(microbatch, index):
-            grad_fn = jax.grad(loss_fn, has_aux=True)
-            rngs = step_rngs(seed, state.step, index)
-            return grad_fn(state.adapter, frozen, microbatch, rngs, total_weight)
+            return jax.grad(loss_fn, has_aux=True)(
+                trained, buffers, frozen, microbatch, progress, index, state.step, total_weight
+            )
 
         if accumulation_steps == 1:
             grads, metrics = gradient(batch, 0)
         else:
             grads, metrics = _accumulate(gradient, batch, accumulation_steps)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.adapter)
-        adapter = optax.apply_updates(state.adapter, updates)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
+        trained = optax.apply_updates(trained, updates)
+        adapter = merge_params(trained, buffers)
+        if model.adapter is not None:
+            key = jax.random.fold_in(
+                jax.random.fold_in(jax.random.key(seed), state.step), _STEP_END
+            )
+            info = StepInfo(step=state.step + 1, num_steps=num_steps, key=key)
+            adapter, restart = model.adapter.after_step(adapter, info)
+            if restart is not None:
+                fresh = optimizer.init(split_trained(adapter)[0])
+                optimizer_state = restart_moments(optimizer_state, fresh, restart)
         metrics |= router_summary(metrics.pop("router"), task_names)
         metrics |= {
             "gradient_norm": optax.global_norm(grads),
-            "parameter_norm": optax.global_norm(adapter),
+            "parameter_norm": optax.global_norm(trained),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "tokens": jnp.sum(batch["decoder_segment_ids"] > 0, dtype=jnp.float32),
             "target_tokens": jnp.sum(batch["decoder_loss_weights"]),
@@ -230,6 +296,18 @@ def make_train_step(
         return new_state, metrics
 
     return step
+
+
+def _second_features(second: SecondPass, run: Callable, params: Any) -> jax.Array:
+    features_BTD, _ = run(
+        params if second.both_gradients else jax.lax.stop_gradient(params), second_pass=True
+    )
+    return features_BTD
+
+
+def _scale_gradient(x: jax.Array, factor: float) -> jax.Array:
+    """x, with `factor` times its gradient."""
+    return factor * x + (1 - factor) * jax.lax.stop_gradient(x)
 
 
 def _accumulate(gradient: Callable, batch: Batch, parts: int) -> tuple[Any, dict]:

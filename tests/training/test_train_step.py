@@ -46,7 +46,7 @@ def build(adapter, batch=BATCH, **options):
     model = Decoder(decoder_config(), adapter, num_tasks=len(options.get("task_names", ())))
     optimizer = make_optimizer(OPTIMIZER, 10)
     schedule = make_schedule(OPTIMIZER, 10)
-    step = make_train_step(model, optimizer, schedule, seed=0, **options)
+    step = make_train_step(model, optimizer, schedule, seed=0, num_steps=10, **options)
     trained, frozen = split_params(decoder_params(model))
     for path, leaf in jax.tree_util.tree_leaves_with_path(trained):
         if path[-1].key == "lora_b":
@@ -313,7 +313,9 @@ def compiled_memory(length, loss_chunk_size, **sizes):
     model = Decoder(decoder_config(**sizes), LoRAConfig(rank=1, targets="q"))
     optimizer = make_optimizer(OPTIMIZER, 10)
     schedule = make_schedule(OPTIMIZER, 10)
-    step = make_train_step(model, optimizer, schedule, seed=0, loss_chunk_size=loss_chunk_size)
+    step = make_train_step(
+        model, optimizer, schedule, seed=0, num_steps=10, loss_chunk_size=loss_chunk_size
+    )
     trained, frozen = split_params(
         shapes_of(model, {"decoder_input_tokens": jnp.zeros((1, 2), int)})
     )
@@ -354,7 +356,7 @@ def test_chunked_loss_does_not_hold_the_table_for_each_chunk():
 def test_state_is_donated(lora):
     model, _, state, frozen = lora
     optimizer = make_optimizer(OPTIMIZER, 10)
-    step = make_train_step(model, optimizer, make_schedule(OPTIMIZER, 10), seed=0)
+    step = make_train_step(model, optimizer, make_schedule(OPTIMIZER, 10), seed=0, num_steps=10)
     state = jax.tree.map(jnp.array, state)
     compiled = jax.jit(step, donate_argnums=0).lower(state, frozen, BATCH).compile()
     memory = compiled.memory_analysis()
@@ -368,9 +370,10 @@ def test_keys_differ_by_seed_step_microbatch_and_purpose():
     keys = [
         jax.random.key_data(key).tobytes()
         for seed, step, microbatch in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))
-        for key in step_rngs(seed, step, microbatch).values()
+        for second_pass in (False, True)
+        for key in step_rngs(seed, step, microbatch, second_pass).values()
     ]
-    assert len(set(keys)) == len(keys) == 8
+    assert len(set(keys)) == len(keys) == 4 * 2 * 3
     again = step_rngs(0, jnp.int32(1), jnp.int32(0))["dropout"]
     assert jnp.array_equal(
         jax.random.key_data(again), jax.random.key_data(step_rngs(0, 1, 0)["dropout"])

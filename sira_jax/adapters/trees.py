@@ -1,0 +1,112 @@
+"""The adapter tree of a whole model: taking it apart by projection and by layer, merging, counting.
+
+A projection is named by its module's path: ("layers", "attention", "q") where the layers are stacked on axis 0,
+("layers_3", "attention", "q") where they are apart.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from sira_jax.adapters.base import ADAPTER, AdapterConfig, Path, is_adapter, is_trained
+
+STACKED = "layers"
+
+
+def split_trained(adapter: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits an adapter tree into (trained parameters, buffers)."""
+    flat = traverse_util.flatten_dict(adapter)
+    trained = {path: leaf for path, leaf in flat.items() if is_trained(path)}
+    buffers = {path: leaf for path, leaf in flat.items() if not is_trained(path)}
+    return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(buffers)
+
+
+def by_projection(adapter: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:
+    """Module path of each adapter -> its leaves; a block module's path is that of its block."""
+    found: dict[Path, dict] = {}
+    for path, leaf in traverse_util.flatten_dict(adapter).items():
+        at = path.index(ADAPTER)
+        found.setdefault(path[:at], {})[path[at + 1 :]] = leaf
+    return {path: traverse_util.unflatten_dict(leaves) for path, leaves in found.items()}
+
+
+def from_projections(adapters: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
+    """The inverse of `by_projection`."""
+    flat = {
+        (*path, ADAPTER, *inner): leaf
+        for path, leaves in adapters.items()
+        for inner, leaf in traverse_util.flatten_dict(leaves).items()
+    }
+    return traverse_util.unflatten_dict(flat)
+
+
+def projection_name(path: Path) -> str:
+    """The path inside the block, "attention/q", which targets and overrides match."""
+    return "/".join(path[-2:])
+
+
+def by_layer(leaves: Mapping[Path, Any]) -> dict[str, list[tuple[Path, int | None]]]:
+    """Projection name -> its (module path, index on the stacked axis or None), first layer first.
+
+    Args:
+      leaves: module path -> tree of arrays; of a stacked path, each has the layers first.
+    """
+    layers: dict[str, dict[int, tuple[Path, int | None]]] = {}
+    for path, tree in leaves.items():
+        places = layers.setdefault(projection_name(path), {})
+        if path[0] == STACKED:
+            count = jax.tree.leaves(tree)[0].shape[0]
+            places |= {layer: (path, layer) for layer in range(count)}
+        else:
+            places[int(path[0].removeprefix(f"{STACKED}_"))] = (path, None)
+    return {name: [places[layer] for layer in sorted(places)] for name, places in layers.items()}
+
+
+def map_stacked(path: Path, function: Callable, *trees: Any) -> Any:
+    """`function(*trees)` of one layer; mapped over the first axis where the path's layers are stacked."""
+    return jax.vmap(function)(*trees) if path[0] == STACKED else function(*trees)
+
+
+def merge(adapter: AdapterConfig, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of the plain model that computes what the adapted one computes.
+
+    Args:
+      adapter: config of the model's adapters.
+      params: all parameters, layers stacked or apart.
+
+    Raises:
+      MergeError: the method has no such model, with the reason.
+    """
+    flat = traverse_util.flatten_dict(params)
+    own = {path: flat.pop(path) for path in list(flat) if is_adapter(path)}
+    adapters = by_projection(traverse_util.unflatten_dict(own))
+    kernels = {path: flat[*path, "kernel"] for path in adapters if (*path, "kernel") in flat}
+    merged = adapter.merge_tree(adapters, kernels)
+    flat |= {(*path, "kernel"): kernel for path, kernel in merged.items()}
+    return traverse_util.unflatten_dict(flat)
+
+
+def add_to_kernel(kernel_DF: jax.Array, delta_DF: jax.Array) -> jax.Array:
+    """W0 + delta, summed in float32 and cast back to the kernel's type."""
+    return (kernel_DF.astype(jnp.float32) + delta_DF).astype(kernel_DF.dtype)
+
+
+def count_model_parameters(
+    adapter: AdapterConfig, projections: Mapping[str, tuple[int, int]], emb_dim: int, layers: int
+) -> int:
+    """Trained parameters of a whole model, without making it.
+
+    Args:
+      adapter: config.
+      projections: path in a block -> (d_in, d_out), see `DecoderConfig.projections`.
+      emb_dim: width of the residual stream.
+      layers: blocks.
+    """
+    total = adapter.count_block_parameters(emb_dim)
+    for path, (d_in, d_out) in projections.items():
+        config = adapter.for_projection(path)
+        total += config.count_parameters(d_in, d_out) if config else 0
+    return layers * total
