@@ -1,6 +1,6 @@
 """Defaults of every experiment. An experiment file calls `get_config` here and changes what differs.
 
-`tests/configs` holds the fields and defaults to those of sira_jax/training/config.py.
+tests/configs holds the fields and defaults to those of sira_jax/training/config.py.
 """
 
 import dataclasses

@@ -31,19 +31,19 @@ def get_config(method: str = "sira") -> ConfigDict:
     config.data.batch_size = 2
     config.data.too_long = "drop"  # A few function calls do not fit.
 
-    config.train.num_steps = 60
+    config.train.num_steps = 40
     config.train.loss_chunk_size = 64  # Prompts carry no loss, so need no logits.
     config.train.log_every = 5
     config.train.eval_every = 20
     config.train.checkpoint_every = 20
     config.train.keep_checkpoints = 1
 
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 3e-3
     config.optimizer.schedule = "linear"
     config.optimizer.warmup_steps = 5
     config.optimizer.end_factor = 0.1
 
     config.evaluate.loss_examples_per_task = 4
-    config.evaluate.examples_per_task = 10
+    config.evaluate.examples_per_task = 8
     config.decode.max_new_tokens = 64
     return config

@@ -9,16 +9,26 @@ from typing import ClassVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from sira_jax import routing
 from sira_jax.adapters.base import ADAPTER, AdapterConfig, AdapterFlops, lora_a_init
 from sira_jax.adapters.context import AdapterContext, Projection
-from sira_jax.errors import MergeError
+from sira_jax.errors import MergeError, check
+
+ROUTER_REGULARIZERS = ("load_balance", "expert_dropout", "smoe_dropout", "none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SiRAConfig(AdapterConfig, routing.RoutingConfig):
-    """Fields of SiRA: those of AdapterConfig and of RoutingConfig (which carries the marks [P], [S], [C])."""
+    """Fields of SiRA: those of AdapterConfig and of RoutingConfig (which carries the marks [P], [S], [C]), and
+
+    Attributes:
+      router_regularizer: what keeps the router from a few experts, one of ROUTER_REGULARIZERS or a set of them [P: the
+        paper's ablation]: "load_balance" (the loss, by `load_balance_loss_weight`), "expert_dropout" (by
+        `expert_dropout_rate`), "smoe_dropout" (a random router that is not trained, and k growing linearly from 1 to E over
+        training; evaluation takes all E. arXiv 2303.01610), or "none". What is not named is off, whatever its weight or rate.
+    """
 
     method: ClassVar[str] = "sira"
     config_section: ClassVar[str] = "adapter"
@@ -33,9 +43,42 @@ class SiRAConfig(AdapterConfig, routing.RoutingConfig):
         "router_z_loss_weight",
     }
 
+    # A mixture without the regulariser that is the paper's point is no SiRA: the rate is not 0 here [C].
+    expert_dropout_rate: float = 0.1
+    router_regularizer: tuple[str, ...] | str = ("load_balance", "expert_dropout")
+
     def __post_init__(self):
+        names = self.router_regularizer
+        names = (names,) if isinstance(names, str) else names
+        known = isinstance(names, list | tuple | set | frozenset) and all(
+            name in ROUTER_REGULARIZERS for name in names
+        )
+        check(
+            known and len(names) > 0 and ("none" not in names or set(names) == {"none"}),
+            "adapter.router_regularizer",
+            self.router_regularizer,
+            f"one of {', '.join(ROUTER_REGULARIZERS)}, or a set of them without none",
+        )
+        ordered = tuple(name for name in ROUTER_REGULARIZERS if name in names)
+        object.__setattr__(self, "router_regularizer", ordered)
         routing.RoutingConfig.__post_init__(self)
         AdapterConfig.__post_init__(self)
+
+    @property
+    def has_random_router(self) -> bool:
+        """Whether the router stays as it was drawn (SMoE-dropout)."""
+        return "smoe_dropout" in self.router_regularizer
+
+    def regularized(self) -> "SiRAConfig":
+        """The config with the weights and rates of unnamed regularisers at 0, and k = E under SMoE-dropout."""
+        changes: dict[str, float | int] = {}
+        if "load_balance" not in self.router_regularizer:
+            changes["load_balance_loss_weight"] = 0.0
+        if "expert_dropout" not in self.router_regularizer:
+            changes["expert_dropout_rate"] = 0.0
+        if self.has_random_router:
+            changes["num_selected_experts"] = self.num_experts
+        return dataclasses.replace(self, **changes)
 
     def make_module(self) -> nn.Module:
         return SiRA(config=self, name=ADAPTER)
@@ -48,17 +91,31 @@ class SiRAConfig(AdapterConfig, routing.RoutingConfig):
         )
 
     def count_parameters(self, d_in: int, d_out: int) -> int:
-        return self.num_experts * (self.rank * (d_in + d_out) + d_in)
+        router = 0 if self.has_random_router else d_in * self.num_experts
+        return router + self.num_experts * self.rank * (d_in + d_out)
 
     def flops_per_token(self, d_in: int, d_out: int) -> AdapterFlops:
-        """The router and k expert pairs; the masked algorithm computes all E pairs, which is cheaper in time."""
+        """The router and k expert pairs; the masked algorithm computes all E pairs, which is cheaper in time.
+
+        Under SMoE-dropout k is E, as at the end of training.
+        """
         router = 2 * d_in * self.num_experts
-        experts = 2 * self.num_selected_experts * self.rank * (d_in + d_out)
+        experts = 2 * self.regularized().num_selected_experts * self.rank * (d_in + d_out)
         return AdapterFlops(total=router + experts, router=router)
+
+
+def growing_choices(config: SiRAConfig, context: AdapterContext) -> jax.Array | None:
+    """SMoE-dropout's k of this step, int32 from 1 to E, each for an equal share of the training; None where k is fixed."""
+    if not config.has_random_router or context.deterministic or context.progress is None:
+        return None
+    grown = 1 + jnp.floor(context.progress * config.num_experts).astype(jnp.int32)
+    return jnp.minimum(grown, config.num_experts)
 
 
 class SiRA(nn.Module):
     """Parameters, float32: router (D, E) normal, lora_a (E, D, R) kaiming-uniform, lora_b (E, R, F) zero.
+
+    Under SMoE-dropout the router is `buffer_router`.
 
     Sows into `losses` the weighted load-balancing and z-losses (scalars) and into `metrics` the router's statistics.
     """
@@ -70,12 +127,12 @@ class SiRA(nn.Module):
         self, x_BTD: jax.Array, projection: Projection, context: AdapterContext
     ) -> jax.Array:
         """The frozen projection's output (B, T, F) plus the experts' mixture."""
-        config = self.config
+        config = self.config.regularized()
         d_in, d_out = projection.shape
         y_BTF = projection(x_BTD)
         experts, rank = config.num_experts, config.rank
         router_DE = self.param(
-            "router",
+            "buffer_router" if config.has_random_router else "router",
             nn.with_logical_partitioning(
                 nn.initializers.normal(config.router_init_std), ("adapter_in", "expert")
             ),
@@ -109,8 +166,11 @@ class SiRA(nn.Module):
             deterministic=context.deterministic,
             rng=self.make_rng("expert_dropout") if needs_rng else None,
             expert_input_GSD=dropped_x_GSD,
+            active_choices=growing_choices(config, context),
         )
-        loss = config.load_balance_loss_weight * routing.load_balance_loss(routed)
+        loss = jnp.float32(0)
+        if config.load_balance_loss_weight:
+            loss = config.load_balance_loss_weight * routing.load_balance_loss(routed)
         if config.router_z_loss_weight:
             z_loss = routing.router_z_loss(routed.logits_GSE, valid_GS)
             loss = loss + config.router_z_loss_weight * z_loss

@@ -82,6 +82,7 @@ def mix_experts(
     deterministic: bool,
     rng: jax.Array | None = None,
     expert_input_GSD: jax.Array | None = None,
+    active_choices: jax.Array | None = None,
 ) -> tuple[jax.Array, Routing]:
     """Routes x and returns (delta_GSF, routing), delta = sum over e of G[e] scale B_e (A_e x).
 
@@ -101,6 +102,7 @@ def mix_experts(
       rng: key of the expert dropout.
       expert_input_GSD: input of the experts if not x, such as x after a dropout the router must not
         see.
+      active_choices: see `route`.
 
     Raises:
       ConfigError: shapes disagree, or the key is missing.
@@ -126,7 +128,14 @@ def mix_experts(
         hidden_GSM, logits_GSE = jnp.split(joined_GSM, [num_experts * rank], axis=-1)
     else:
         logits_GSE = router_logits(x_GSD, router_DE)
-    routing = route(logits_GSE, valid_GS, config, deterministic=deterministic, rng=rng)
+    routing = route(
+        logits_GSE,
+        valid_GS,
+        config,
+        deterministic=deterministic,
+        rng=rng,
+        active_choices=active_choices,
+    )
 
     # The gates are the smallest array to multiply by the scale.
     scaled = routing.replace(gates_GSE=routing.gates_GSE * scale)

@@ -24,11 +24,11 @@ class Routing:
       logits_GSE: float32 router logits, for `router_z_loss`; carries gradients.
       probs_GSE: float32 softmax over all experts, before dropout; carries gradients.
       gates_GSE: float32 combine weights, 0 wherever `kept_GSE` is False; carries gradients.
-      selected_GSE: bool, exactly k experts of a valid token: its top k.
+      selected_GSE: bool, exactly k experts of a valid token (or `active_choices` of `route`): its top k.
       queued_GSE: bool, the selected ones with a gate other than 0: these ask for a place.
       kept_GSE: bool, the queued ones whose place is within capacity.
       position_GSE: int32 place in the expert's queue, from 0; meaningless where not kept.
-      indices_GSK: int32, the selected experts, best first; meaningless for padding.
+      indices_GSK: int32, the k best experts, best first; meaningless for padding.
       valid_GS: bool, False for padding.
       capacity: C, the most tokens of a group one expert keeps; at least S where there is no limit.
     """
@@ -88,6 +88,7 @@ def route(
     *,
     deterministic: bool,
     rng: jax.Array | None = None,
+    active_choices: jax.Array | None = None,
 ) -> Routing:
     """Selects k experts for every token and applies the capacity of each group.
 
@@ -104,6 +105,8 @@ def route(
       config: static.
       deterministic: no dropout, and `eval_capacity_factor`.
       rng: key of the dropout; needed in training if `expert_dropout_rate` is over 0.
+      active_choices: int scalar from 1 to k that may change from step to step without compiling anew: only so many of the
+        k are selected. None is k. The capacity counts k.
 
     Raises:
       ConfigError: shapes disagree, or the key is missing.
@@ -140,6 +143,8 @@ def route(
         gates_GSE = _drop(gates_GSE, rate, rng)
     rank_GSE = _rank(jax.lax.stop_gradient(gates_GSE), num_choices)
     selected_GSE = (rank_GSE < num_choices) & valid_GS1
+    if active_choices is not None:
+        selected_GSE &= rank_GSE < active_choices
     gates_GSE = jnp.where(selected_GSE, gates_GSE, 0.0)
     if config.renormalize:
         total_GS1 = jnp.sum(gates_GSE, axis=-1, keepdims=True)

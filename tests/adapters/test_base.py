@@ -152,6 +152,10 @@ BAD_SIRA = [
     ("router_z_loss_weight", float("nan")),
     ("router_init_std", None),
     ("dispatch", "dense"),
+    ("router_regularizer", "dropout"),
+    ("router_regularizer", ()),
+    ("router_regularizer", ("none", "load_balance")),
+    ("router_regularizer", 5),
 ]
 
 

@@ -25,6 +25,7 @@ CONFIG = {
     "min_capacity": 1,
     "router_init_std": 1.0,
     "dispatch": "masked",
+    "expert_dropout_rate": 0.0,
 }
 TRAINING = AdapterContext(deterministic=False)
 
@@ -221,7 +222,7 @@ def test_expert_dropout_is_the_loops_under_the_same_mask(x, params, padding, pos
         "expert_dropout_rate": rate,
         "expert_dropout_position": position,
     }
-    shown = SiRAConfig(**CONFIG | {"num_selected_experts": E, "rank": 1, "alpha": 1.0}, **shared)
+    shown = SiRAConfig(**CONFIG | {"num_selected_experts": E, "rank": 1, "alpha": 1.0} | shared)
     probe = {
         "kernel": np.zeros((D, E), np.float32),
         "adapter": {
@@ -235,7 +236,7 @@ def test_expert_dropout_is_the_loops_under_the_same_mask(x, params, padding, pos
     mask = exact(apply(module, probe, np.ones((B, T, D)), TRAINING, rngs)[0])
     assert {round(v, 4) for v in np.unique(mask)} == {0.0, round(1 / (1 - rate), 4)}
 
-    config = SiRAConfig(**CONFIG, **shared)
+    config = SiRAConfig(**CONFIG | shared)
     context = TRAINING.replace(valid_BT=padding)
     y, _ = run(config, params, x, context, rngs)
     expected, _, _ = loops(exact(x), exact(params), config, valid=padding, training=True, mask=mask)
@@ -250,7 +251,7 @@ def test_expert_dropout_is_the_loops_under_the_same_mask(x, params, padding, pos
 
 
 def test_expert_dropout_and_input_dropout_are_off_outside_training(x, params):
-    config = SiRAConfig(**CONFIG, expert_dropout_rate=0.5, dropout_rate=0.5)
+    config = SiRAConfig(**CONFIG | {"expert_dropout_rate": 0.5, "dropout_rate": 0.5})
     plain = SiRAConfig(**CONFIG)
     y, _ = run(config, params, x, AdapterContext())
     np.testing.assert_array_equal(y, run(plain, params, x, AdapterContext())[0])
