@@ -3,6 +3,7 @@
   python scripts/benchmark.py --kind=layer --sizes=512,1024,2048,4096,8192
   python scripts/benchmark.py --kind=layer --sizes=2048 --ranks=4,16 --ks=1,4 --num_experts=32
   python scripts/benchmark.py --kind=step --num_layers=8 --emb_dim=512 --mlp_dim=1408
+  python scripts/benchmark.py --kind=methods --candidates=molora,malora
 
 The compared sides take turns within one run, so that their ratios hold on a busy machine; times are medians.
 """
@@ -20,12 +21,18 @@ from scripts.benchmark_layer import (
     keep_freed_memory,
     run_layer_benchmark,
 )
-from scripts.benchmark_step import run_step_benchmark, step_adapters
+from scripts.benchmark_step import method_adapters, run_step_benchmark, step_adapters
 from scripts.cli import run_main
+from sira_jax.adapters import METHODS, AdapterConfig
 from sira_jax.errors import check
 from sira_jax.models import DecoderConfig
 
-KIND = flags.DEFINE_enum("kind", "layer", ["layer", "step"], "One projection, or training steps.")
+KIND = flags.DEFINE_enum(
+    "kind",
+    "layer",
+    ["layer", "step", "methods"],
+    "One projection; training steps of SiRA's dispatch algorithms and LoRAs; or of all methods with their defaults.",
+)
 OUT = flags.DEFINE_string("out", None, "Also write the rows to this JSON file.")
 REPEATS = flags.DEFINE_integer("repeats", 7, "Rounds.", lower_bound=1)
 NUM_EXPERTS = flags.DEFINE_integer("num_experts", 16, "E.", lower_bound=1)
@@ -35,7 +42,9 @@ KS = flags.DEFINE_list("ks", ["4"], "Selected experts k; step takes the first.")
 D_IN = flags.DEFINE_integer("d_in", 1024, "layer: features in.", lower_bound=1)
 D_OUT = flags.DEFINE_integer("d_out", 1024, "layer: features out.", lower_bound=1)
 CAPACITY = flags.DEFINE_float("capacity_factor", 1.25, "layer: capacity factor.")
-CANDIDATES = flags.DEFINE_list("candidates", [], "layer: dispatch algorithms; step: adapters.")
+CANDIDATES = flags.DEFINE_list(
+    "candidates", [], "layer: dispatch algorithms; step: adapters; methods: methods. Empty for all."
+)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the computation.")
 VOCAB = flags.DEFINE_integer("vocab_size", 4096, "step: vocabulary.", lower_bound=1)
 EMB = flags.DEFINE_integer("emb_dim", 512, "step: width.", lower_bound=1)
@@ -56,7 +65,7 @@ def main(argv: list[str]) -> None:
     """Runs the benchmark."""
     del argv
     keep_freed_memory()
-    rows = _layer() if KIND.value == "layer" else _step()
+    rows = _layer() if KIND.value == "layer" else _step(_adapters())
     print(format_rows(rows))
     if OUT.value:
         machine = {
@@ -88,8 +97,19 @@ def _layer() -> list[dict]:
     )
 
 
-def _step() -> list[dict]:
-    rank, k = _numbers(RANKS)[0], _numbers(KS)[0]
+def _adapters() -> dict[str, AdapterConfig]:
+    if KIND.value == "methods":
+        names = CANDIDATES.value or list(METHODS)
+        for name in names:
+            check(name in METHODS, "--candidates", name, f"some of {', '.join(METHODS)}")
+        return method_adapters(names)
+    known = step_adapters(NUM_EXPERTS.value, _numbers(RANKS)[0], _numbers(KS)[0])
+    for name in CANDIDATES.value:
+        check(name in known, "--candidates", name, f"some of {', '.join(known)}")
+    return {name: known[name] for name in CANDIDATES.value or known}
+
+
+def _step(adapters: dict[str, AdapterConfig]) -> list[dict]:
     heads = HEADS.value
     config = DecoderConfig(
         vocab_size=VOCAB.value,
@@ -101,17 +121,11 @@ def _step() -> list[dict]:
         mlp_dim=MLP_DIM.value,
         dtype=DTYPE.value,
     )
-    known = step_adapters(NUM_EXPERTS.value, rank, k)
-    for name in CANDIDATES.value:
-        check(name in known, "--candidates", name, f"some of {', '.join(known)}")
     return run_step_benchmark(
         config,
+        adapters,
         batch_size=BATCH.value,
         length=LENGTH.value,
-        num_experts=NUM_EXPERTS.value,
-        rank=rank,
-        k=k,
-        names=CANDIDATES.value or None,
         repeats=REPEATS.value,
         log=print,
     )

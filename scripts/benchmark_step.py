@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sira_jax.adapters import AdapterConfig, LoRAConfig, SiRAConfig, split_trained
+from sira_jax.adapters import METHODS, AdapterConfig, LoRAConfig, SiRAConfig, split_trained
 from sira_jax.models import Decoder, DecoderConfig
 from sira_jax.training.config import OptimizerConfig
 from sira_jax.training.optimizers import make_optimizer, make_schedule
@@ -36,15 +36,22 @@ def step_adapters(num_experts: int, rank: int, k: int) -> dict[str, AdapterConfi
     }
 
 
+def method_adapters(names: list[str]) -> dict[str, AdapterConfig]:
+    """Methods of the registry with their defaults, each after the LoRA that trains as many components."""
+    adapters: dict[str, AdapterConfig] = {}
+    for name in names:
+        config = METHODS[name]()
+        adapters[f"lora_r{config.trained_rank}"] = LoRAConfig(rank=config.trained_rank)
+        adapters[name] = config
+    return adapters
+
+
 def run_step_benchmark(
     config: DecoderConfig,
+    adapters: Mapping[str, AdapterConfig],
     *,
     batch_size: int,
     length: int,
-    num_experts: int = 16,
-    rank: int = 4,
-    k: int = 4,
-    names: Sequence[str] | None = None,
     repeats: int = 5,
     log: Callable[[str], None] | None = None,
 ) -> list[dict]:
@@ -54,20 +61,18 @@ def run_step_benchmark(
 
     Args:
       config: the model.
+      adapters: the candidates by name.
       batch_size: rows.
       length: tokens a row.
-      num_experts, rank, k: of SiRA; the LoRAs have rank R and E * R.
-      names: which of `step_adapters`; None for all.
       repeats: rounds.
       log: called with a line for each candidate that is compiled.
 
     Returns:
       A dict for each candidate: candidate, trained (parameters), median_s, min_s, tokens_per_s, temp_mib, state_mib (what
-      a step updates), and vs_floor and vs_lora: medians over the rounds of the ratio to the first and second candidate
-      in the same round.
+      a step updates), and ratios to other candidates in the same round, medians over the rounds: vs_first, and vs_same_rank
+      to the LoRA of the same trained rank, where there is one.
     """
-    adapters = step_adapters(num_experts, rank, k)
-    names = list(adapters) if names is None else list(names)
+    names = list(adapters)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch_size, length + 1))
     batch = {
         "decoder_input_tokens": jnp.asarray(tokens[:, :-1], jnp.int32),
@@ -100,9 +105,13 @@ def run_step_benchmark(
             "temp_mib": runs[name].temp_mib,
             "state_mib": runs[name].state_mib,
         }
-        for column, base in zip(("vs_floor", "vs_lora"), names[:2], strict=False):
-            pairs = zip(seconds[name], seconds[base], strict=True)
-            row[column] = statistics.median(own / other for own, other in pairs)
+        for column, base in (
+            ("vs_first", names[0]),
+            ("vs_same_rank", f"lora_r{adapters[name].trained_rank}"),
+        ):
+            pairs = zip(seconds[name], seconds.get(base, ()), strict=False)
+            ratios = [own / other for own, other in pairs]
+            row[column] = statistics.median(ratios) if ratios else None
         rows.append(row)
     return rows
 

@@ -65,6 +65,10 @@ class SiRAConfig(AdapterConfig, routing.RoutingConfig):
         AdapterConfig.__post_init__(self)
 
     @property
+    def trained_rank(self) -> int:
+        return self.num_experts * self.rank
+
+    @property
     def has_random_router(self) -> bool:
         """Whether the router stays as it was drawn (SMoE-dropout)."""
         return "smoe_dropout" in self.router_regularizer
@@ -93,6 +97,13 @@ class SiRAConfig(AdapterConfig, routing.RoutingConfig):
     def count_parameters(self, d_in: int, d_out: int) -> int:
         router = 0 if self.has_random_router else d_in * self.num_experts
         return router + self.num_experts * self.rank * (d_in + d_out)
+
+    def active_parameters(self, d_in: int, d_out: int) -> int:
+        """The router, where it is trained, and k expert pairs; under SMoE-dropout k is (E + 1) / 2, its mean."""
+        experts, used = self.num_experts, self.num_selected_experts
+        pairs = used if not self.has_random_router else (experts + 1) / 2
+        unused = (experts - pairs) * self.rank * (d_in + d_out)
+        return self.count_parameters(d_in, d_out) - round(unused)
 
     def flops_per_token(self, d_in: int, d_out: int) -> AdapterFlops:
         """The router and k expert pairs; the masked algorithm computes all E pairs, which is cheaper in time.
