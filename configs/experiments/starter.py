@@ -31,11 +31,11 @@ def get_config(method: str = "sira") -> ConfigDict:
     config.data.batch_size = 2
     config.data.too_long = "drop"  # A few function calls do not fit.
 
-    config.train.num_steps = 40
+    config.train.num_steps = 36
     config.train.loss_chunk_size = 64  # Prompts carry no loss, so need no logits.
     config.train.log_every = 5
-    config.train.eval_every = 20
-    config.train.checkpoint_every = 20
+    config.train.eval_every = 18
+    config.train.checkpoint_every = 18
     config.train.keep_checkpoints = 1
 
     config.optimizer.learning_rate = 3e-3
