@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from sira_jax.adapters import METHODS
+
 REPOSITORY = Path(__file__).parents[1]
 # What the modules of each package may import of sira_jax, besides their own package.
 GROUND = {"errors", "files"}
@@ -94,6 +96,20 @@ def test_only_tasks_and_the_log_use_tensorflows_world(package):
                 assert not at_import
             else:
                 assert package == "tasks", f"{relative(path)} imports {name}"
+
+
+@pytest.mark.parametrize("package", ["models", "training", "checkpoints", "routing"])
+def test_no_package_but_adapters_asks_for_a_method(package):
+    """Methods reach the block and the step through hooks: their names and classes stand nowhere else."""
+    names = {f'"{name}"' for name in METHODS} | {f"'{name}'" for name in METHODS}
+    classes = {config.__name__ for config in METHODS.values()}
+    for path in files(f"sira_jax/{package}"):
+        if relative(path) == "sira_jax/checkpoints/peft.py":
+            continue  # The format of another library has names of its own for some methods.
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            text = ast.unparse(node) if isinstance(node, ast.Constant | ast.Name) else ""
+            assert text not in names | classes, f"{relative(path)}: {text}"
 
 
 @pytest.mark.parametrize("package", ["configs", "tasks"])
