@@ -7,7 +7,7 @@ import dataclasses
 import json
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import jax
 from ml_collections import ConfigDict
 
 import tasks
-from sira_jax.adapters import AdapterConfig
+from sira_jax.adapters import AdapterConfig, LoRAConfig
 from sira_jax.adapters.base import PATHS
 from sira_jax.checkpoints import BaseModel, fingerprint, load_base_model, read_base_model
 from sira_jax.errors import CheckpointError, ConfigError, DataError, check
@@ -102,9 +102,9 @@ class Plan:
             f"empty, or {' or '.join(measured)}, with /TASK for one of several tasks",
         )
         self.model_path = find_model(experiment.model.path)
-        options = dataclasses.asdict(experiment.model)
-        options.pop("path")
-        self.base = read_base_model(self.model_path, **options)
+        self._options = dataclasses.asdict(experiment.model)
+        self._options.pop("path")
+        self.base = read_base_model(self.model_path, **self._options)
         self.vocabulary = _make_vocabulary(data.vocabulary, self.base)
         size = self.base.config.vocab_size
         check(
@@ -174,10 +174,8 @@ class Plan:
             tuple(entry.key for entry in path): sharding
             for path, sharding in jax.tree_util.tree_leaves_with_path(shardings)
         }
-        options = dataclasses.asdict(self.experiment.model)
-        options.pop("path")
         return load_base_model(
-            self.model_path, **options, sharding_fn=lambda path, shape: by_path[path]
+            self.model_path, **self._options, sharding_fn=lambda path, shape: by_path[path]
         )
 
     def load_tasks(
@@ -230,8 +228,15 @@ class Plan:
         self, model: Decoder, frozen: Any, loaded: Sequence[tasks.TokenizedTask], prefix: str
     ) -> LossEvaluator:
         """Teacher-forced loss of `loaded`, whose order gives the task ids."""
+        batches = list(self.eval_batches(loaded))
+        names = [task.name for task in loaded]
+        chunk = self.experiment.train.loss_chunk_size
+        return LossEvaluator(model, frozen, batches, names, prefix=prefix, loss_chunk_size=chunk)
+
+    def eval_batches(self, loaded: Sequence[tasks.TokenizedTask]) -> Iterator[dict[str, Any]]:
+        """One pass over the examples of `loaded`, whose order gives the task ids."""
         data = self.experiment.data
-        batches = tasks.eval_batches(
+        return tasks.eval_batches(
             loaded,
             batch_size=data.batch_size,
             length=data.sequence_length,
@@ -240,14 +245,14 @@ class Plan:
             bos_id=self.bos_id,
             pad_id=self.vocabulary.pad_id,
         )
-        names = [task.name for task in loaded]
-        chunk = self.experiment.train.loss_chunk_size
-        return LossEvaluator(
-            model, frozen, list(batches), names, prefix=prefix, loss_chunk_size=chunk
-        )
 
     def decode(
-        self, model: Decoder, params: Any, prompts: Sequence[Sequence[int]], description: str = ""
+        self,
+        model: Decoder,
+        params: Any,
+        prompts: Sequence[Sequence[int]],
+        description: str = "",
+        adapter_ids: Sequence[int] | None = None,
     ) -> list[str]:
         """Continues token prompts and returns the texts; shows a progress bar if there is a description."""
         bar = (
@@ -261,6 +266,7 @@ class Plan:
             self.experiment.decode,
             eos_ids=self.eos_ids,
             pad_id=self.vocabulary.pad_id,
+            adapter_ids=adapter_ids,
             on_batch=(lambda count: bar.update(count=count)) if bar else None,
         )
         if bar:
@@ -282,30 +288,30 @@ class Plan:
         return prompt[-room:]
 
     def decode_tasks(
-        self, model: Decoder, params: Any, loaded: Sequence[tasks.TokenizedTask], description: str
+        self,
+        model: Decoder,
+        params: Any,
+        loaded: Sequence[tasks.TokenizedTask],
+        description: str,
+        adapter_ids: Sequence[int] | None = None,
     ) -> tuple[dict[str, dict[str, float]], list[dict[str, str]]]:
         """Decodes every example. Returns (task -> metric -> score, one record an example).
 
         Prompts are cut to the room that data.sequence_length and the model's positions leave, as data.too_long says.
+        `adapter_ids`, one for each example in their order: see `generate`.
 
         Raises:
           DataError: a prompt is longer and data.too_long is "error".
         """
         prompts = [self._fit(prompt, task.name) for task in loaded for prompt in task.inputs]
-        texts = iter(self.decode(model, params, prompts, description))
+        texts = iter(self.decode(model, params, prompts, description, adapter_ids))
         scores, records = {}, []
         for task in loaded:
             predictions = [next(texts).strip() for _ in task.inputs]
             scores[task.name] = tasks.evaluate(task.metrics, predictions, task.examples)
             for example, prediction in zip(task.examples, predictions, strict=True):
-                records.append(
-                    {
-                        "task": task.name,
-                        "input": example["inputs"],
-                        "target": example["targets"],
-                        "prediction": prediction,
-                    }
-                )
+                record = {"input": example["inputs"], "target": example["targets"]}
+                records.append({"task": task.name, **record, "prediction": prediction})
         return scores, records
 
 
@@ -376,8 +382,9 @@ def _check_patterns(adapter: AdapterConfig) -> None:
     patterns = [("adapter.targets", target) for target in adapter.targets]
     patterns += [("adapter.overrides", pattern) for pattern, _ in adapter.overrides]
     for field, pattern in patterns:
-        alone = dataclasses.replace(adapter, targets=(pattern,), overrides=())
-        matches = any(alone.for_projection(path) for path in PATHS)
+        # In a plain config: the method's own might not allow so few targets.
+        alone = LoRAConfig(targets=(pattern,))
+        matches = any(map(alone.is_target, PATHS))
         check(matches, field, pattern, f"it matches no projection, which are {', '.join(PATHS)}")
 
 

@@ -1,23 +1,32 @@
-"""Evaluates a run, or the frozen model, by decoding held-out examples.
+"""Evaluates a run, several adapters together, or the frozen model, by decoding held-out examples.
 
   python scripts/evaluate.py --workdir=runs/sira
   python scripts/evaluate.py --config=configs/experiments/starter.py:sira --checkpoint=none --workdir=runs/frozen
+  python scripts/evaluate.py --adapters=sw=runs/sw,fi=runs/fi --assign="*_sw=sw,*_fi=fi,*=base" --workdir=runs/both
 
 Prints each task's metrics and their mean. The run directory gets evaluation_SPLIT.json, predictions_SPLIT.jsonl and, for
 methods with routers, router_SPLIT.json: expert load and gate entropy per layer and per task.
+
+--adapters loads adapters from run directories or adapter folders, and --assign says which task uses which (base is the frozen
+model; the first pattern that fits counts); examples of all tasks are decoded together. The tasks are those of --config, or of
+the first adapter's run.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
-from scripts import assemble
+from scripts import adapters, assemble
 from scripts.cli import run_main
+from sira_jax.errors import ConfigError
 from sira_jax.files import write_text
 from sira_jax.models import Decoder
+from sira_jax.training import loop
 from sira_jax.training.train_state import merge_params, split_params
+from tasks import TokenizedTask
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment; default: the run directory's own."
@@ -26,13 +35,22 @@ WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "best", "best, latest, a step, or none for the frozen model."
 )
+ADAPTERS = flags.DEFINE_string("adapters", None, "Several adapters, NAME=DIR,NAME=DIR.")
+ASSIGN = flags.DEFINE_string(
+    "assign", "", "Which task uses which of --adapters: TASK=NAME,PATTERN=NAME; * and ? are wild."
+)
 
 
 def main(argv: list[str]) -> None:
     """Evaluates and writes the results."""
     del argv
-    plan = assemble.Plan(assemble.read_experiment(CONFIG.value, WORKDIR.value))
-    results = evaluate(plan, WORKDIR.value, CHECKPOINT.value)
+    if ADAPTERS.value is not None:
+        results = evaluate_several(ADAPTERS.value, ASSIGN.value, WORKDIR.value, CHECKPOINT.value)
+    elif ASSIGN.value:
+        raise ConfigError("--assign needs --adapters=NAME=DIR,NAME=DIR")
+    else:
+        plan = assemble.Plan(assemble.read_experiment(CONFIG.value, WORKDIR.value))
+        results = evaluate(plan, WORKDIR.value, CHECKPOINT.value)
     print(format_scores(results))
 
 
@@ -52,24 +70,62 @@ def evaluate(plan: assemble.Plan, workdir: str | None, checkpoint: str) -> dict:
     results = {
         "experiment": plan.experiment.to_dict(),
         "checkpoint": step if step is not None else "none",
-        "split": evaluation.split,
+        **_results(evaluation.split, loaded, losses, scores),
+    }
+    _write(workdir, evaluation.split, results, records, report)
+    return results
+
+
+def evaluate_several(pairs: str, assignment: str, workdir: str | None, checkpoint: str) -> dict:
+    """The same with several adapters, each task with the one it is assigned."""
+    directories = adapters.parse_adapters(pairs)
+    if checkpoint == "none":
+        raise ConfigError("--checkpoint=none and --adapters exclude one another: assign base")
+    if workdir and (Path(workdir) / loop.CONFIG_FILE).exists():
+        raise ConfigError(f"--workdir={workdir}: is one run's; several adapters need their own")
+    plan = assemble.Plan(adapters.read_experiment(CONFIG.value, directories))
+    evaluation = plan.experiment.evaluate
+    loaded, _ = plan.load_tasks(evaluation.split, evaluation.examples_per_task)
+    assigned = adapters.assign(assignment, [task.name for task in loaded], directories)
+    frozen = split_params(plan.load_base().params)[1]
+    several = adapters.load_all(plan, frozen, directories, checkpoint)
+    losses, report = several.losses(loaded, assigned, evaluation.split)
+    scores, records = several.decode_tasks(loaded, assigned, "decode")
+    results = {
+        "experiment": plan.experiment.to_dict(),
+        "checkpoint": checkpoint,
+        "adapters": several.sources,
+        "assigned": assigned,
+        **_results(evaluation.split, loaded, losses, scores),
+    }
+    _write(workdir, evaluation.split, results, records, report)
+    return results
+
+
+def _results(split: str, loaded: Sequence[TokenizedTask], losses: dict, scores: dict) -> dict:
+    return {
+        "split": split,
         "examples": {task.name: len(task) for task in loaded},
         "losses": losses,
         "scores": scores,
         "mean": assemble.mean_scores(scores),
         "peak_memory_bytes": assemble.peak_memory_bytes(),
     }
-    if workdir:
-        directory = Path(workdir)
-        directory.mkdir(parents=True, exist_ok=True)
-        split = evaluation.split
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-        write_text(directory / f"predictions_{split}.jsonl", "".join(lines))
-        if report:
-            write_text(directory / f"router_{split}.json", json.dumps(report))
-        # The last one: it says that the others are there.
-        write_text(directory / f"evaluation_{split}.json", json.dumps(results, indent=1))
-    return results
+
+
+def _write(
+    workdir: str | None, split: str, results: dict, records: Sequence[dict], report: dict
+) -> None:
+    if not workdir:
+        return
+    directory = Path(workdir)
+    directory.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    write_text(directory / f"predictions_{split}.jsonl", "".join(lines))
+    if report:
+        write_text(directory / f"router_{split}.json", json.dumps(report))
+    # The last one: it says that the others are there.
+    write_text(directory / f"evaluation_{split}.json", json.dumps(results, indent=1))
 
 
 def format_scores(results: dict) -> str:

@@ -19,7 +19,7 @@ ALLOWED = {
     "routing": GROUND,
     "adapters": GROUND | {"routing"},
     "models": GROUND | {"routing", "adapters"},
-    "checkpoints": GROUND | {"models"},
+    "checkpoints": GROUND | {"adapters", "models"},
     "training": GROUND | {"routing", "adapters", "models", "checkpoints"},
 }
 HEAVY = {"seqio", "tensorflow", "tensorflow_datasets", "clu", "tensorboard", "t5", "torch"}

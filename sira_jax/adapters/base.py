@@ -83,6 +83,10 @@ class AdapterConfig(abc.ABC):
     method: ClassVar[str] = ""
     # Fields that steer training or speed alone: what a trained adapter computes does not depend on them.
     training_fields: ClassVar[frozenset[str]] = frozenset({"dropout_rate"})
+    # Fields that hold for the whole model at once, such as a schedule: overrides cannot change them.
+    whole_model_fields: ClassVar[frozenset[str]] = frozenset()
+    # The field that sets how many parameters are trained, which scripts/compare.py varies; None where none may vary.
+    size_field: ClassVar[str | None] = "rank"
 
     rank: int = 4
     alpha: float = 8.0
@@ -119,9 +123,13 @@ class AdapterConfig(abc.ABC):
         """s = alpha / rank."""
         return self.alpha / self.rank
 
+    def is_target(self, path: str) -> bool:
+        """Whether the projection at `path` ("attention/q") carries an adapter."""
+        return any(_matches(target, path) for target in self.targets)
+
     def for_projection(self, path: str) -> "AdapterConfig | None":
         """The config of the adapter on the projection at `path` ("attention/q"), or None where there is none."""
-        if not any(_matches(target, path) for target in self.targets):
+        if not self.is_target(path):
             return None
         fields: dict[str, Any] = {}
         for pattern, override in self.overrides:
@@ -136,6 +144,11 @@ class AdapterConfig(abc.ABC):
         # Pairs, since their order counts and JSON writers may sort a mapping.
         fields["overrides"] = [[pattern, dict(override)] for pattern, override in self.overrides]
         return {"method": self.method} | fields
+
+    @property
+    def trained_rank(self) -> int:
+        """Rank of the LoRA that trains as many rank-one components on a projection: what a method's cost is held against."""
+        return self.rank
 
     # What a method implements.
 
@@ -158,6 +171,10 @@ class AdapterConfig(abc.ABC):
     @abc.abstractmethod
     def count_parameters(self, d_in: int, d_out: int) -> int:
         """Trained parameters on one d_in x d_out projection."""
+
+    def active_parameters(self, d_in: int, d_out: int) -> int:
+        """Those of `count_parameters` that one token's forward pass in training uses; the mean where it is random."""
+        return self.count_parameters(d_in, d_out)
 
     @abc.abstractmethod
     def flops_per_token(self, d_in: int, d_out: int) -> AdapterFlops:
@@ -252,6 +269,7 @@ def _freeze_overrides(config: AdapterConfig, overrides: Any) -> tuple:
     )
     check(are_pairs, "adapter.overrides", overrides, "pairs of a pattern and its fields")
     known = {f.name for f in dataclasses.fields(config)} - {"targets", "overrides"}
+    known -= config.whole_model_fields
     frozen = []
     for pattern, fields in pairs:
         _check_pattern("adapter.overrides", pattern)

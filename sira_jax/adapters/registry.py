@@ -4,16 +4,40 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from sira_jax.adapters.adamix import AdaMixConfig
 from sira_jax.adapters.base import AdapterConfig
+from sira_jax.adapters.dora import DoRAConfig
+from sira_jax.adapters.dynamic_dora import DynamicDoRAConfig
 from sira_jax.adapters.lora import LoRAConfig
+from sira_jax.adapters.malora import MALoRAConfig
+from sira_jax.adapters.melora import MELoRAConfig
+from sira_jax.adapters.milora import MiLoRAConfig
+from sira_jax.adapters.molora import MoLoRAConfig
+from sira_jax.adapters.mov import MoVConfig
+from sira_jax.adapters.multilora import MultiLoRAConfig
+from sira_jax.adapters.rac_lora import RACLoRAConfig
+from sira_jax.adapters.reslora import ResLoRAConfig
 from sira_jax.adapters.sira import SiRAConfig
+from sira_jax.adapters.xgblora import XGBLoRAConfig
 from sira_jax.errors import ConfigError, check
 
 METHODS: dict[str, type[AdapterConfig]] = {
     config.method: config
     for config in (
+        AdaMixConfig,
+        DoRAConfig,
+        DynamicDoRAConfig,
         LoRAConfig,
+        MALoRAConfig,
+        MELoRAConfig,
+        MiLoRAConfig,
+        MoLoRAConfig,
+        MoVConfig,
+        MultiLoRAConfig,
+        RACLoRAConfig,
+        ResLoRAConfig,
         SiRAConfig,
+        XGBLoRAConfig,
     )
 }
 

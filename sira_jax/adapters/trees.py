@@ -80,11 +80,19 @@ def merge(adapter: AdapterConfig, params: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       MergeError: the method has no such model, with the reason.
     """
+    return replace_kernels(params, adapter.merge_tree)
+
+
+def replace_kernels(
+    params: Mapping[str, Any],
+    merge_tree: Callable[[Mapping[Path, Any], Mapping[Path, jax.Array]], dict[Path, jax.Array]],
+) -> dict[str, Any]:
+    """All parameters without the adapters', and with the kernels that `merge_tree(adapters, kernels)` returns."""
     flat = traverse_util.flatten_dict(params)
     own = {path: flat.pop(path) for path in list(flat) if is_adapter(path)}
     adapters = by_projection(traverse_util.unflatten_dict(own))
     kernels = {path: flat[*path, "kernel"] for path in adapters if (*path, "kernel") in flat}
-    merged = adapter.merge_tree(adapters, kernels)
+    merged = merge_tree(adapters, kernels)
     flat |= {(*path, "kernel"): kernel for path, kernel in merged.items()}
     return traverse_util.unflatten_dict(flat)
 
@@ -95,7 +103,12 @@ def add_to_kernel(kernel_DF: jax.Array, delta_DF: jax.Array) -> jax.Array:
 
 
 def count_model_parameters(
-    adapter: AdapterConfig, projections: Mapping[str, tuple[int, int]], emb_dim: int, layers: int
+    adapter: AdapterConfig,
+    projections: Mapping[str, tuple[int, int]],
+    emb_dim: int,
+    layers: int,
+    *,
+    active: bool = False,
 ) -> int:
     """Trained parameters of a whole model, without making it.
 
@@ -104,9 +117,12 @@ def count_model_parameters(
       projections: path in a block -> (d_in, d_out), see `DecoderConfig.projections`.
       emb_dim: width of the residual stream.
       layers: blocks.
+      active: count only what a token uses (see `AdapterConfig.active_parameters`).
     """
     total = adapter.count_block_parameters(emb_dim)
     for path, (d_in, d_out) in projections.items():
         config = adapter.for_projection(path)
-        total += config.count_parameters(d_in, d_out) if config else 0
+        if config:
+            count = config.active_parameters if active else config.count_parameters
+            total += count(d_in, d_out)
     return layers * total

@@ -1,4 +1,5 @@
-"""A name for a set of parameters: equal for equal values, however they are laid out on devices.
+"""A name for a set of parameters: equal for equal values, however they are laid out on devices and
+whether a decoder's layers are stacked or apart.
 
 Each leaf is hashed where it is, by sums that do not depend on the order of summation; 8 bytes of it
 come to the host. It guards against mixing up models, not against someone who wants two models to
@@ -8,6 +9,7 @@ have the same name.
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 
 import jax
@@ -28,30 +30,48 @@ def fingerprint(params: Mapping) -> str:
 
     Changing one bit of one element, swapping two elements, rows or layers, or renaming, reshaping
     or converting a leaf gives another name (a swap goes unseen with a probability under 2^-50).
-    Sharding and devices do not matter; layers stacked or apart do.
+    Sharding and devices do not matter, nor does it whether a decoder's layers are stacked ("layers")
+    or apart ("layers_0", ...).
 
     Args:
       params: nested mapping of arrays. Every process of a multi-host run must call this.
     """
     flat = sorted((path, jnp.asarray(leaf)) for path, leaf in flatten(params).items())
-    hashes = np.stack([_leaf_hash(leaf) for _, leaf in flat])
+    hashes = np.stack([_leaf_hash(leaf, _layer(path)) for path, leaf in flat])
     if not all(leaf.is_fully_addressable for _, leaf in flat):
         hashes = multihost_utils.process_allgather(hashes).sum(axis=0, dtype=np.uint32)
-    lines = [
-        json.dumps([path, leaf.shape, str(leaf.dtype), *(int(number) for number in numbers)])
-        for (path, leaf), numbers in zip(flat, hashes, strict=True)
-    ]
+    names: dict[tuple, list[np.ndarray]] = {}
+    for (path, leaf), numbers in zip(flat, hashes, strict=True):
+        apart = _layer(path) is not None
+        key = (("layers", *path[1:]) if apart else path, apart, leaf.shape, str(leaf.dtype))
+        names.setdefault(key, []).append(numbers)
+    lines = []
+    for (path, apart, shape, dtype), parts in sorted(names.items(), key=lambda item: item[0]):
+        shape = (len(parts), *shape) if apart else shape
+        total = np.sum(parts, axis=0, dtype=np.uint32)
+        lines.append(json.dumps([path, shape, dtype, *(int(number) for number in total)]))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _leaf_hash(leaf: jax.Array) -> np.ndarray:
-    """(2,) uint32: sums over the parts of a leaf on this process's devices, each part once."""
-    parts = [
-        _part_hash(shard.data, _start(shard.index, leaf.shape))
-        for shard in leaf.addressable_shards
-        if shard.replica_id == 0
-    ]
-    return sum((np.asarray(part) for part in parts), start=np.zeros(2, np.uint32))
+def _layer(path: tuple[str, ...]) -> int | None:
+    """The index of a layer that is apart from the others, else None."""
+    match = re.fullmatch(r"layers_(\d+)", path[0])
+    return int(match[1]) if match else None
+
+
+def _leaf_hash(leaf: jax.Array, layer: int | None) -> np.ndarray:
+    """(2,) uint32: sums over the parts of a leaf on this process's devices, each part once.
+
+    A leaf of layer `layer` is hashed as that row of the stacked leaf.
+    """
+    total = np.zeros(2, np.uint32)
+    for shard in leaf.addressable_shards:
+        if shard.replica_id == 0:
+            part, start = shard.data, _start(shard.index, leaf.shape)
+            if layer is not None:
+                part, start = part[None], np.concatenate([[np.uint32(layer)], start])
+            total += np.asarray(_part_hash(part, start))
+    return total
 
 
 def _start(index: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from sira_jax.errors import DataError
+from sira_jax.errors import DataError, check
 from sira_jax.models import Decoder
 from sira_jax.training.config import DecodeConfig
 
@@ -24,7 +24,10 @@ NEVER = -1e9
 
 @struct.dataclass
 class _Search:
-    """State of the loop. Scores and `done` are (R,); `tokens_RM` holds what was generated, padded with `pad_id`."""
+    """State of the loop. Scores and `done` are (R,); `tokens_RM` holds what was generated, padded with `pad_id`.
+
+    `adapter_ids_R` is each row's adapter of a set, or None without one.
+    """
 
     count: jax.Array
     cache: Any
@@ -33,6 +36,7 @@ class _Search:
     tokens_RM: jax.Array
     done_R: jax.Array
     scores_R: jax.Array
+    adapter_ids_R: jax.Array | None
 
 
 def left_pad(prompts: Sequence[Sequence[int]], length: int, pad_id: int) -> dict[str, np.ndarray]:
@@ -101,6 +105,8 @@ def _extend(
         "decoder_input_tokens": tokens_R[:, None],
         "decoder_positions": search.positions_R[:, None],
     }
+    if search.adapter_ids_R is not None:
+        batch["adapter_ids"] = search.adapter_ids_R
     logits_R1V, variables = model.apply(
         {"params": params, "cache": search.cache},
         batch,
@@ -149,6 +155,7 @@ def _generate(
         tokens_RM=jnp.full((rows, limit), pad_id, jnp.int32),
         done_R=jnp.zeros(rows, bool),
         scores_R=jnp.zeros(rows, jnp.float32),
+        adapter_ids_R=batch.get("adapter_ids"),
     )
 
     def step(search: _Search) -> _Search:
@@ -198,6 +205,7 @@ def _beam_search(
     logits_BV, cache = _prefill(model, params, batch, length + limit)
     cache = _map_rows(cache, scanned, lambda x, axis: jnp.repeat(x, beams, axis=axis))
     rows = batch_size * beams
+    ids_B = batch.get("adapter_ids")
     start = _Search(
         count=jnp.int32(0),
         cache=cache,
@@ -207,6 +215,8 @@ def _beam_search(
         done_R=jnp.zeros(rows, bool),
         # All beams start equal: only the first may be extended, or the others would repeat it.
         scores_R=jnp.tile(jnp.asarray([0.0] + [NEVER] * (beams - 1)), batch_size),
+        # A beam's parent is a beam of the same prompt, so that a row keeps its adapter.
+        adapter_ids_R=None if ids_B is None else jnp.repeat(ids_B, beams),
     )
     lengths = jnp.zeros(rows, jnp.int32)
 
@@ -257,6 +267,7 @@ def generate(
     *,
     eos_ids: tuple[int, ...] = (),
     pad_id: int = 0,
+    adapter_ids: Sequence[int] | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """Continues each prompt; the result ends before the end-of-sequence token.
@@ -271,11 +282,17 @@ def generate(
       config: see DecodeConfig.
       eos_ids: tokens that end a sequence.
       pad_id: any token id; it is masked.
+      adapter_ids: for a model with an `AdapterSet`, the adapter of each prompt (-1 for the base alone); prompts of all
+        adapters are decoded together.
       on_batch: called with the number of prompts after each batch.
 
     Raises:
       DataError: if a prompt is empty, or prompt and new tokens exceed the model's positions.
+      ConfigError: if `adapter_ids` are not as many as the prompts, or missing for a set.
     """
+    if adapter_ids is not None:
+        allowed = f"one id for each of the {len(prompts)} prompts"
+        check(len(adapter_ids) == len(prompts), "adapter_ids", list(adapter_ids), allowed)
     limit = model.config.max_positions - config.max_new_tokens
     for index, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= limit:
@@ -291,8 +308,10 @@ def generate(
         # Multiples of 16 keep the compiled shapes few; the last batch is filled up with copies of its first prompt.
         length = min(-(-longest // 16) * 16, limit)
         size = config.batch_size if len(order) > config.batch_size else len(order)
-        filled = [prompts[i] for i in chosen] + [prompts[chosen[0]]] * (size - len(chosen))
-        batch = left_pad(filled, length, pad_id)
+        filled = chosen + [chosen[0]] * (size - len(chosen))
+        batch = left_pad([prompts[i] for i in filled], length, pad_id)
+        if adapter_ids is not None:
+            batch["adapter_ids"] = np.asarray([adapter_ids[i] for i in filled], np.int32)
         if config.strategy == "beam":
             tokens_BM, _ = _beam_search(model, params, batch, config, eos_ids, pad_id)
         else:

@@ -103,7 +103,8 @@ def router_report(sown: Mapping[str, Any], task_names: Sequence[str]) -> dict[st
 
     For "attention/q": expert_load (L, E), gate_entropy (L,) in nats, dropped_share (L,), router_confidence (L,), and with
     several tasks task_expert_load (L, Z, E), task_gate_entropy (L, Z). Under the key "tasks" stand the tasks' names.
-    Without routers the report is empty.
+    A router of a whole block is called "block". Without routers the report is empty. With a set of
+    adapters the paths begin with the adapter's name: "NAME/attention/q".
     """
 
     def is_stats(x):
@@ -111,8 +112,12 @@ def router_report(sown: Mapping[str, Any], task_names: Sequence[str]) -> dict[st
 
     layers: dict[str, dict[int, RouterStats]] = {}
     for path, stats in jax.tree_util.tree_leaves_with_path(sown, is_leaf=is_stats):
+        if not is_stats(stats):
+            continue
         names = [str(entry.key) for entry in path if hasattr(entry, "key")]
-        projection = "/".join(names[1 : names.index("adapter")])
+        at = names.index("adapter")
+        # A router of the whole block stands at no projection.
+        projection = "/".join([*names[at + 1 : -1], *(names[1:at] or ["block"])])
         if names[0] == "layers":
             count = stats.tokens.shape[0]
             for layer in range(count):

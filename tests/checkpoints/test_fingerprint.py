@@ -118,6 +118,24 @@ def test_names_shapes_and_types_count():
     assert len(names) == 8
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_stacked_or_apart_have_one_name(dtype):
+    stacked = {
+        "layers": {
+            "q": {"kernel": jnp.asarray(np.random.default_rng(2).normal(size=(12, 5)), dtype)}
+        },
+        "norm": {"scale": jnp.ones(7, dtype)},
+    }
+    kernel = stacked["layers"]["q"]["kernel"]
+    # Ten and more: their names do not sort as their numbers do.
+    apart = {f"layers_{layer}": {"q": {"kernel": kernel[layer]}} for layer in range(12)}
+    apart["norm"] = stacked["norm"]
+    assert fingerprint(apart) == fingerprint(stacked)
+    swapped = apart | {"layers_3": apart["layers_11"], "layers_11": apart["layers_3"]}
+    fewer = {name: layer for name, layer in apart.items() if name != "layers_11"}
+    assert len({fingerprint(swapped), fingerprint(fewer), fingerprint(stacked)}) == 3
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool"])
 def test_parts_are_added_up_whatever_their_size(dtype, monkeypatch):
     x = (np.random.default_rng(1).normal(size=(7, 6)) * 9).astype(jnp.dtype(dtype))
@@ -153,6 +171,10 @@ for spec in specs:
     expected = NamedSharding(mesh, P(None, *spec))
     assert kernel.sharding.is_equivalent_to(expected, kernel.ndim), kernel.sharding
     assert fingerprint(moved) == name, spec
+    apart = {name: leaf for name, leaf in moved.items() if name != "layers"}
+    for layer in range(3):
+        apart[f"layers_{layer}"] = jax.tree.map(lambda x: x[layer], moved["layers"])
+    assert fingerprint(apart) == name, spec
     changed = dict(moved, final_norm={"scale": moved["final_norm"]["scale"].at[0].add(1)})
     assert fingerprint(changed) != name
 embedding = model.params["token_embedder"]["embedding"]

@@ -1,0 +1,218 @@
+"""What a training step of each method of a comparison costs. `scripts/compare.py` calls it; costs.json is the result.
+
+  python scripts/compare_costs.py runs/compare lora sira
+
+FLOPs and bytes are those of XLA's cost analysis of the compiled step. The analysis counts the body of a loop once, however
+often it runs, so it is made of a step without loops: layers apart, all logits at once, no microbatches. A model of many layers
+is too large to compile so; the costs of two and three layers then give those of the others, which cost what the third does.
+
+Times are of the step as it is trained, on a batch of the training data. The methods take turns, so that a ratio of two times of
+the same round holds on a busy machine.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from scripts import assemble
+from scripts.arguments import Parser, at_least_one
+from scripts.cli import run_main
+from scripts.compare_runs import COSTS_FILE, RunSpec, first_experiments, load_plan
+from sira_jax.adapters import split_trained
+from sira_jax.errors import check
+from sira_jax.files import write_text
+from sira_jax.models import Decoder, DecoderConfig
+from sira_jax.training import partitioning
+from sira_jax.training.config import ExperimentConfig
+from sira_jax.training.optimizers import make_optimizer, make_schedule
+from sira_jax.training.train_state import TrainState, abstract_params, init_adapter, split_params
+from sira_jax.training.train_step import make_train_step
+
+_WARM_UP = 2
+# Up to so many layers are compiled apart; beyond, two smaller models are.
+_MOST_LAYERS = 5
+_FEW, _MORE = 2, 3
+# A batch needs no more examples of a task, and tokenising all takes long.
+_EXAMPLES_PER_TASK = 50
+
+Costs = dict[str, float]
+
+
+def _parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument("workdir", type=Path, help="the comparison's directory")
+    parser.add_argument("methods", nargs="+", metavar="METHOD", help="which of its methods")
+    parser.add_argument("--rounds", type=at_least_one, default=11, help="timed steps of a method")
+    return parser
+
+
+def main(args) -> None:
+    """Measures and writes costs.json."""
+    _, by_method = load_plan(args.workdir)
+    for method in args.methods:
+        check(method in by_method, "METHOD", method, f"some of {', '.join(by_method)}")
+    specs = [by_method[method][0] for method in args.methods]
+    result = {
+        "experiments": first_experiments(specs),
+        "rounds": args.rounds,
+        "machine": {
+            "device": str(jax.devices()[0]),
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+        },
+        "methods": measure(specs, args.rounds, log=lambda line: print(line, flush=True)),
+    }
+    write_text(args.workdir / COSTS_FILE, json.dumps(result, indent=1))
+
+
+def measure(
+    specs: Sequence[RunSpec], rounds: int, log: Callable[[str], None] = lambda line: None
+) -> dict[str, Costs]:
+    """Costs of the methods, which share all but adapter and optimizer.
+
+    Returns:
+      method -> flops_per_token and bytes_per_token (of a whole step, over the positions of the batch), extrapolated (1 where
+      the layers are too many to compile apart), scratch_bytes (what the compiled step needs besides its arguments and
+      results), state_bytes (adapter and optimizer), seconds (of each round).
+    """
+    plan = assemble.Plan(specs[0].experiment)
+    loaded, rates = plan.load_tasks("train", _EXAMPLES_PER_TASK)
+    sharding = partitioning.batch_sharding(plan.mesh)
+    batch = {
+        name: jax.make_array_from_process_local_data(sharding, value)
+        for name, value in plan.pipeline(loaded, rates).next_batch().items()
+    }
+    frozen = split_params(plan.load_base().params)[1]
+    names = [task.name for task in loaded]
+    costs: dict[str, Costs] = {}
+    steps: dict[str, TimedStep] = {}
+    for spec in specs:
+        costs[spec.method] = analyse(spec.experiment, plan.base.config, batch, names)
+        log(f"{spec.method}: analysed")
+        step = TimedStep(spec.experiment, plan, frozen, batch, names)
+        costs[spec.method] |= {
+            "scratch_bytes": step.scratch_bytes,
+            "state_bytes": step.state_bytes,
+            "seconds": [],
+        }
+        steps[spec.method] = step
+        log(f"{spec.method}: compiled")
+    for round_index in range(_WARM_UP + rounds):
+        for method, step in steps.items():
+            seconds = step.run()
+            if round_index >= _WARM_UP:
+                costs[method]["seconds"].append(seconds)
+    return costs
+
+
+def analyse(
+    experiment: ExperimentConfig,
+    config: DecoderConfig,
+    batch: Mapping[str, Any],
+    task_names: Sequence[str],
+) -> Costs:
+    """FLOPs and bytes a position of the batch, of the step without loops; see the module's text."""
+
+    def of(layers: int) -> Costs:
+        model = dataclasses.replace(config, num_layers=layers, scan_layers=False)
+        return _analyse_unrolled(experiment, model, batch, task_names)
+
+    layers = config.num_layers
+    if layers <= _MOST_LAYERS:
+        return of(layers) | {"extrapolated": 0}
+    few, more = of(_FEW), of(_MORE)
+    return {
+        name: few[name] + (layers - _FEW) / (_MORE - _FEW) * (more[name] - few[name])
+        for name in few
+    } | {"extrapolated": 1}
+
+
+def _make_step(
+    experiment: ExperimentConfig, model: Decoder, task_names: Sequence[str], **changes: int
+) -> tuple[Any, Callable]:
+    train = dataclasses.replace(experiment.train, **changes)
+    optimizer = make_optimizer(experiment.optimizer, train.num_steps)
+    step = make_train_step(
+        model,
+        optimizer,
+        make_schedule(experiment.optimizer, train.num_steps),
+        seed=train.seed,
+        num_steps=train.num_steps,
+        accumulation_steps=train.accumulation_steps,
+        loss_chunk_size=train.loss_chunk_size,
+        task_names=task_names,
+    )
+    return optimizer, step
+
+
+def _make_state(adapter: Any, optimizer: Any) -> TrainState:
+    return TrainState(
+        step=jax.numpy.int32(0),
+        adapter=adapter,
+        optimizer=optimizer.init(split_trained(adapter)[0]),
+    )
+
+
+def _analyse_unrolled(
+    experiment: ExperimentConfig,
+    config: DecoderConfig,
+    batch: Mapping[str, Any],
+    task_names: Sequence[str],
+) -> Costs:
+    model = Decoder(config, experiment.adapter, len(task_names))
+    optimizer, step = _make_step(
+        experiment, model, task_names, accumulation_steps=1, loss_chunk_size=0
+    )
+    adapter, frozen = split_params(nn.unbox(abstract_params(model)))
+    state = jax.eval_shape(lambda tree: _make_state(tree, optimizer), adapter)
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
+    found = jax.jit(step, donate_argnums=0).lower(state, frozen, shapes).compile().cost_analysis()
+    positions = batch["decoder_input_tokens"].size
+    return {
+        "flops_per_token": found["flops"] / positions,
+        "bytes_per_token": found["bytes accessed"] / positions,
+    }
+
+
+class TimedStep:
+    """The compiled step of one method with its state."""
+
+    def __init__(
+        self,
+        experiment: ExperimentConfig,
+        plan: assemble.Plan,
+        frozen: Any,
+        batch: Mapping[str, jax.Array],
+        task_names: Sequence[str],
+    ):
+        model = Decoder(plan.base.config, experiment.adapter, len(task_names))
+        optimizer, step = _make_step(experiment, model, task_names)
+        everywhere = partitioning.replicated(plan.mesh)
+        state = _make_state(init_adapter(model, experiment.train.seed), optimizer)
+        self._state = jax.device_put(state, everywhere)
+        self._frozen, self._batch = frozen, batch
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(everywhere, everywhere))
+        self._step = jitted.lower(self._state, frozen, batch).compile()
+        self.scratch_bytes = self._step.memory_analysis().temp_size_in_bytes
+        self.state_bytes = sum(x.nbytes for x in jax.tree.leaves(self._state))
+
+    def run(self) -> float:
+        """Takes one step and returns its seconds."""
+        start = time.perf_counter()
+        self._state, metrics = self._step(self._state, self._frozen, self._batch)
+        jax.block_until_ready((self._state, metrics))
+        return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    arguments = _parser().parse_args()
+    run_main(lambda _: main(arguments), argv=sys.argv[:1])

@@ -1,0 +1,130 @@
+"""The picture of a comparison: each measure of the answers against the trained parameters."""
+
+import io
+from collections.abc import Sequence
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+
+from scripts.compare_table import Interval, Row
+
+_DPI = 120
+_PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = "os^Dv"
+_STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.7,
+}
+_LABEL_SIZE = 7.5
+# Height of a label, as a share of the axes' height.
+_LABEL_HEIGHT = 0.042
+_FROZEN = "#8a8a8a"
+
+
+def draw(rows: Sequence[Row], split: str) -> bytes:
+    """A PNG with a panel a measure: mean and 95% interval of each method, trained parameters on a logarithmic axis.
+
+    A method without the measure is left out of its panel; the frozen model is a horizontal line.
+    """
+    with matplotlib.rc_context(_STYLE):
+        names = list(rows[0].quality)
+        figure = Figure(figsize=(5.6 * len(names), 4.6), layout="constrained")
+        for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+            _panel(axes, rows, name)
+            title = f"{split} loss (nats a target token)" if name == "loss" else name
+            axes.set(title=title.replace("_", " "), xlabel="trained parameters")
+        buffer = io.BytesIO()
+        # Without the version of matplotlib in it, equal results give equal files.
+        figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+        return buffer.getvalue()
+
+
+def _panel(axes: Axes, rows: Sequence[Row], name: str) -> None:
+    points = []
+    for place, row in enumerate(rows):
+        value = row.quality[name]
+        if not isinstance(value, Interval):
+            continue
+        if row.trained == 0:
+            axes.axhline(value.mean, color=_FROZEN, linestyle="--", linewidth=1)
+            points.append((None, value.mean, row.label, _FROZEN))
+            continue
+        color = _PALETTE[place % len(_PALETTE)]
+        axes.errorbar(
+            row.trained,
+            value.mean,
+            yerr=value.half or 0,
+            color=color,
+            marker=_MARKERS[place // len(_PALETTE) % len(_MARKERS)],
+            markersize=5,
+            capsize=2.5,
+            elinewidth=1,
+        )
+        points.append((row.trained, value.mean, row.label, color))
+    if not points:
+        axes.set(xticks=[], yticks=[])
+        axes.text(0.5, 0.5, "no run has it", ha="center", va="center", color="#666666")
+        return
+    sizes = [x for x, *_ in points if x is not None]
+    if sizes:
+        axes.set_xscale("log")
+        low, high = min(sizes) / 1.35, max(sizes) * 1.35
+        axes.set_xlim(low, high)
+        # Equal budgets lie within a decade, where a logarithmic axis would have no mark with a number.
+        marks = (1, 3) if high / low > 20 else (1, 1.5, 2, 3, 5, 7)
+        axes.xaxis.set_major_locator(LogLocator(subs=marks))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_locator(NullLocator())
+    _label(axes, points)
+
+
+def _label(axes: Axes, points: Sequence[tuple[float | None, float, str, str]]) -> None:
+    """Names in a column on the right, in the order of the points' heights, each with a line to its point."""
+    low, high = axes.get_ylim()
+    right = axes.get_xlim()[1]
+    ordered = sorted(points, key=lambda point: point[1])
+    wanted = [(y - low) / (high - low) for _, y, *_ in ordered]
+    for (x, y, text, color), height in zip(ordered, spread(wanted, _LABEL_HEIGHT), strict=True):
+        axes.annotate(
+            text,
+            xy=(right if x is None else x, y),
+            xytext=(1.03, height),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=_LABEL_SIZE,
+            color=color,
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5, "alpha": 0.6},
+        )
+
+
+def spread(wanted: Sequence[float], gap: float) -> list[float]:
+    """Places near the wanted ones, which ascend, at least `gap` apart, and around the middle of [0, 1] where they fit.
+
+    Neighbours that are too near form a block about the mean of their wanted places.
+    """
+    blocks: list[
+        list[float]
+    ] = []  # Each: the sum of wanted places less the offset inside, and the count.
+    for place in wanted:
+        blocks.append([place, 1])
+        while len(blocks) > 1:
+            (total, count), (next_total, next_count) = blocks[-2:]
+            end = total / count + (count - 1) * gap
+            if next_total / next_count - end >= gap - 1e-12:
+                break
+            blocks[-2:] = [[total + next_total - next_count * count * gap, count + next_count]]
+    places = []
+    for total, count in blocks:
+        places += [total / count + i * gap for i in range(int(count))]
+    over, under = max(0.0, places[-1] - 1), max(0.0, -places[0])
+    shift = under - over if not (over and under) else 0.0
+    return [place + shift for place in places]
