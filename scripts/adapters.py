@@ -1,9 +1,10 @@
 """What the flags --adapters and --assign say: which adapters to load from where, and which task uses which."""
 
+import contextlib
 import copy
 import dataclasses
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +101,18 @@ def read_experiment(
     Raises:
       ConfigError: the first adapter is no run and there is no --config, or the config is wrong.
     """
-    directory = next(iter(directories.values()))
+    name, directory = next(iter(directories.items()))
     if config is None and _is_folder(directory):
         raise ConfigError(
             f"--config=FILE is needed: {directory} is an adapter folder, which has no sections data and decode"
         )
     if config is None:
-        _check_run(directory)
-    return dataclasses.replace(assemble.read_experiment(config, directory), adapter=None)
+        with _naming(name):
+            _check_run(directory)
+            experiment = assemble.read_experiment(None, directory)
+    else:
+        experiment = assemble.read_experiment(config, None)
+    return dataclasses.replace(experiment, adapter=None)
 
 
 class Adapters:
@@ -136,11 +141,9 @@ class Adapters:
           SiraError: the name is not allowed or taken, or the directory has no adapter for this base; names the adapter.
         """
         self.bank.check_new(name)
-        try:
+        with _naming(name):
             config, params, step = self._read(directory)
-            self.bank.load(name, config, params)
-        except SiraError as error:
-            raise type(error)(f"adapter {name!r}: {error}") from None
+        self.bank.load(name, config, params)
         self.sources[name] = {
             "directory": str(directory),
             "adapter": config.to_dict(),
@@ -217,6 +220,15 @@ def load_all(
     for name, directory in directories.items():
         adapters.load(name, directory)
     return adapters
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Puts the adapter's name before the message of an error."""
+    try:
+        yield
+    except SiraError as error:
+        raise type(error)(f"adapter {name!r}: {error}") from None
 
 
 def _is_folder(directory: str) -> bool:

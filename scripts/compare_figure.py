@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from scripts.compare_table import Interval, Row
 
@@ -76,11 +76,12 @@ def _panel(axes: Axes, rows: Sequence[Row], name: str) -> None:
     sizes = [x for x, *_ in points if x is not None]
     if sizes:
         axes.set_xscale("log")
-        low, high = min(sizes) / 1.35, max(sizes) * 1.35
+        margin = max(1.02, (max(sizes) / min(sizes)) ** 0.1)
+        low, high = min(sizes) / margin, max(sizes) * margin
         axes.set_xlim(low, high)
         # Equal budgets lie within a decade, where a logarithmic axis would have no mark with a number.
-        marks = (1, 3) if high / low > 20 else (1, 1.5, 2, 3, 5, 7)
-        axes.xaxis.set_major_locator(LogLocator(subs=marks))
+        narrow, marks = high / low < 4, (1, 3) if high / low > 20 else (1, 2, 5)
+        axes.xaxis.set_major_locator(MaxNLocator(5) if narrow else LogLocator(subs=marks))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_minor_locator(NullLocator())
     _label(axes, points)

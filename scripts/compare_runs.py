@@ -181,7 +181,7 @@ class Runner:
 
     def call(self, script: str, *arguments: str, log: Path, cached: bool = False) -> str | None:
         """Runs a script to its end, its output going to `log`; returns the reason if it failed, else None."""
-        environment = dict(os.environ)
+        environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": str(cached).lower()}
         if cached:
             environment["JAX_COMPILATION_CACHE_DIR"] = str(self._cache.resolve())
             environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
@@ -202,6 +202,7 @@ class Runner:
 
     def _check_stopped(self) -> None:
         if self._stop:
+            print("stopped; the same command goes on from here", flush=True)
             raise Stopped
 
     def run(self, spec: RunSpec) -> None:

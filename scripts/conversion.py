@@ -63,6 +63,7 @@ def new_folder(out: str, force: bool) -> Iterator[Path]:
     path = check_out(out, force)
     token = uuid.uuid4().hex
     temporary, old = (path.with_name(f".{path.name}.{token}.{end}") for end in ("tmp", "old"))
+    new_parents = [parent for parent in path.parents if not parent.exists()]
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -76,6 +77,9 @@ def new_folder(out: str, force: bool) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         if old.exists() and not path.exists():
             os.rename(old, path)
+        for parent in new_parents:
+            with contextlib.suppress(OSError):  # not empty: OUT is there
+                parent.rmdir()
 
 
 def print_mapping(pairs: Iterable[tuple[str, str]]) -> None:

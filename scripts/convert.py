@@ -18,6 +18,7 @@ import sys
 from argparse import Namespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from scripts.arguments import Parser
@@ -173,11 +174,11 @@ def convert_merge(args: Namespace) -> None:
     """The adapter and its base to one plain model."""
     adapted = load_adapted(args.source, args.base, args.checkpoint)
     dtype = args.dtype or adapted.base.config.param_dtype
-    # The sum is rounded once, to the type that is written.
-    frozen = jax.tree.map(lambda x: x.astype(dtype), adapted.base.params)
-    config = dataclasses.replace(adapted.base.config, param_dtype=dtype)
+    # In float32 up to the end: the sum is rounded once, to the type that is written.
+    frozen = jax.tree.map(lambda x: x.astype(jnp.float32), adapted.base.params)
     params = merge_params(adapted.params, frozen)
-    merged = merge(adapted.config, params)
+    merged = jax.tree.map(lambda x: x.astype(dtype), merge(adapted.config, params))
+    config = dataclasses.replace(adapted.base.config, param_dtype=dtype, dtype="float32")
     rows, length = _ERROR_TOKENS
     shape = (rows, min(length, config.max_positions))
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape, dtype=np.int32)

@@ -1,7 +1,7 @@
 """DoRA (dynamic rank): y = W0 x + s B diag(c * mask) A x, components pruned in training over the whole model. 2405.17357 [O].
 
 Axis letters: B batch, T length, D features in, F features out, R components a projection (the start rank), L layers,
-M components a layer, of all projections.
+M components a layer, of all projections, P pruning events.
 """
 
 import dataclasses
@@ -38,8 +38,8 @@ Components = dict[str, dict[str, jax.Array]]
 class DynamicDoRAConfig(AdapterConfig):
     """Fields of dynamic-rank DoRA: those of AdapterConfig, and
 
-    `rank` is how many components a projection keeps on average; s = alpha / rank. The official code divides alpha by the start
-    rank; an alpha smaller by start_rank_factor gives its scale.
+    `rank` is how many components a projection keeps on average; s = alpha / rank [C]. The official code divides alpha by the
+    start rank r0: an alpha multiplied by rank / r0 gives its scale.
 
     Attributes:
       start_rank_factor: a projection starts with r0 = ceil(start_rank_factor * rank) components [O: 1.5].
@@ -148,24 +148,21 @@ class DynamicDoRAConfig(AdapterConfig):
         last = events[-1][0]
 
         def score_and_prune(state: Components) -> Components:
-            state = {
-                name: tree | {"buffer_score": self._score(tree)} for name, tree in state.items()
+            scored = {
+                name: tree | {"buffer_score": self._score(components[name] | tree)}
+                for name, tree in state.items()
             }
             event = jnp.searchsorted(steps_P, info.step)
             return jax.lax.cond(
                 steps_P[event] == info.step,
-                lambda state: _prune(state, counts_P[event], info.step == last),
-                lambda state: state,
-                state,
+                lambda scored: _prune(scored, counts_P[event], info.step == last),
+                lambda scored: scored,
+                scored,
             )
 
-        def changed(state: Components) -> Components:
-            full = {name: components[name] | tree for name, tree in state.items()}
-            return _only_state(score_and_prune(full))
-
-        state = jax.lax.cond(
-            info.step <= last, changed, lambda state: state, _only_state(components)
-        )
+        # Conditions, so that most steps sort nothing, and those after the last event do not score either.
+        state = {name: {key: tree[key] for key in _STATE} for name, tree in components.items()}
+        state = jax.lax.cond(info.step <= last, score_and_prune, lambda state: state, state)
         return from_projections(_unstack_layers(state, leaves)), None
 
     def _score(self, tree: dict[str, jax.Array]) -> jax.Array:
@@ -198,10 +195,6 @@ def _check_number(field: str, value: object, least: float, most: float) -> None:
     is_allowed = is_number and math.isfinite(value) and least <= value <= most
     allowed = f"a number from {least:g} to {most:g}" if most < math.inf else f"{least:g} or more"
     check(is_allowed, f"adapter.{field}", value, allowed)
-
-
-def _only_state(components: Components) -> Components:
-    return {name: {key: tree[key] for key in _STATE} for name, tree in components.items()}
 
 
 def _stack_layers(leaves: Mapping[Path, Mapping[str, jax.Array]]) -> Components:

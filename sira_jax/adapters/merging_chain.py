@@ -24,6 +24,7 @@ from sira_jax.adapters.base import AdapterConfig, Path, StepInfo
 from sira_jax.adapters.context import Projection
 from sira_jax.adapters.mixture import check_count
 from sira_jax.adapters.trees import (
+    STACKED,
     add_to_kernel,
     by_layer,
     by_projection,
@@ -75,7 +76,7 @@ class MergingChainConfig(AdapterConfig):
 
     @abc.abstractmethod
     def fresh_stage(self, leaves: Leaves, key: jax.Array, active: jax.Array) -> dict[str, Any]:
-        """The leaves of one layer's projection that a new stage replaces; its product must be 0.
+        """All leaves of one layer's projection but the sum, as a new stage starts; their product must be 0.
 
         Args:
           leaves: the last stage's, for their shapes.
@@ -106,14 +107,14 @@ class MergingChainConfig(AdapterConfig):
             config = self.for_projection(name)
             own_key = jax.random.fold_in(draw_key, zlib.crc32(name.encode()))
 
-            def start(leaves, layer, config=config, own_key=own_key):
-                merged_DF = leaves[MERGED] + config.delta(leaves)
-                fresh = config.fresh_stage(
-                    leaves, jax.random.fold_in(own_key, layer), active_L[layer]
-                )
-                return {**leaves, **fresh, MERGED: merged_DF}
+            def fresh(leaves, layer, config=config, own_key=own_key):
+                key = jax.random.fold_in(own_key, layer)
+                return config.fresh_stage(leaves, key, active_L[layer])
 
-            started[path] = map_stacked(path, start, leaves, layers[path])
+            started[path] = {
+                MERGED: _add_product(config, path, leaves),
+                **map_stacked(path, fresh, leaves, layers[path]),
+            }
         return from_projections(started)
 
     def initialise(self, adapter: dict[str, Any], key: jax.Array) -> dict[str, Any]:
@@ -133,6 +134,21 @@ class MergingChainConfig(AdapterConfig):
     def merge(self, params: Leaves, kernel_DF: jax.Array) -> jax.Array:
         """W0 + M + the unmerged product, summed in float32 and cast back to the kernel's type; leading axes go along."""
         return add_to_kernel(kernel_DF, params[MERGED] + self.delta(params))
+
+
+def _add_product(config: MergingChainConfig, path: Path, leaves: Leaves) -> jax.Array:
+    """M + s A B of one projection, (D, F) or stacked."""
+    merged = leaves[MERGED]
+    if path[0] != STACKED:
+        return merged + config.delta(leaves)
+    factors = {name: leaf for name, leaf in leaves.items() if name != MERGED}
+
+    # In place and layer by layer: the products of all layers at once would be a copy of the base.
+    def add(layer, merged_LDF):
+        own = jax.tree.map(lambda leaf: leaf[layer], factors)
+        return merged_LDF.at[layer].add(config.delta(own))
+
+    return jax.lax.fori_loop(0, merged.shape[0], add, merged)
 
 
 def _layers_of(projections: Mapping[Path, Leaves]) -> dict[Path, jax.Array]:

@@ -8,6 +8,7 @@ is executed.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -93,8 +94,9 @@ def tensor_shapes(adapter: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     }
 
 
+@functools.lru_cache(maxsize=32)
 def abstract_adapter(config: AdapterConfig, model_config: DecoderConfig) -> dict[str, Any]:
-    """Shapes and types of the adapter tree in the model's layout, without computing any.
+    """Shapes and types of the adapter tree in the model's layout, without computing any; not to be changed, as it is cached.
 
     Raises:
       ConfigError: if the adapter's targets match no projection.

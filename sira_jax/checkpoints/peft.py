@@ -65,7 +65,7 @@ class _Part:
     alpha: float
 
 
-def can_export(config: AdapterConfig) -> bool:
+def can_export(config: AdapterConfig | type[AdapterConfig]) -> bool:
     """Whether the method computes one low-rank pair a projection, the same for all tokens."""
     return config.method in ("adamix", "dora", "lora") or hasattr(config, "as_lora")
 
@@ -93,7 +93,7 @@ def save_peft(
       CheckpointError: the method is no single low-rank pair a projection, or the tree does not fit the config.
     """
     if not can_export(config):
-        known = [name for name, method in sorted(METHODS.items()) if can_export(method())]
+        known = [name for name, method in sorted(METHODS.items()) if can_export(method)]
         raise CheckpointError(
             f"adapter.method={config.method!r} cannot be written as a PEFT adapter: PEFT's LoRA is one low-rank pair a"
             f" projection, the same for all tokens, which this method is not; those that are: {', '.join(known)}"

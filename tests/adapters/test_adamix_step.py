@@ -119,7 +119,7 @@ def both_passes(microbatch, start, stop):
 
 @pytest.mark.parametrize(
     ("gradient", "parts", "chunk_size"),
-    [("both", 1, 0), ("both", 1, 3), ("first", 1, 0), ("first", 2, 3)],
+    [("both", 1, 0), ("both", 1, 3), ("first", 2, 3)],
 )
 def test_consistency_term_of_a_step(gradient, parts, chunk_size):
     got, metrics = run_step(gradient, accumulation_steps=parts, loss_chunk_size=chunk_size)
@@ -133,13 +133,6 @@ def test_consistency_term_of_a_step(gradient, parts, chunk_size):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * largest), got, expected
     )
-
-
-def test_the_two_gradients_differ():
-    """Otherwise the test above could not tell them apart."""
-    both, first = (expected_gradient(BATCH, name, 1) for name in ("both", "first"))
-    differences = jax.tree.map(lambda a, b: np.abs(a - b).max(), both, first)
-    assert max(jax.tree.leaves(differences)) > 0.01
 
 
 def test_gradient_through_the_first_pass_is_unbiased():
@@ -161,31 +154,32 @@ def test_gradient_through_the_first_pass_is_unbiased():
             jax.grad(divergence)(adapter, adapter, order) for order in (keys, list(reversed(keys)))
         ]
         whole = jax.grad(lambda both: divergence(both, both, keys))(adapter)
-        return jax.tree.map(jnp.add, *halves), whole
+        return halves, whole
 
-    mean_of_doubled, whole = gradients(ADAPTER)
+    halves, whole = gradients(ADAPTER)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(whole))
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * largest),
-        mean_of_doubled,
+        lambda a, b, c: np.testing.assert_allclose(a + b, c, rtol=1e-3, atol=1e-4 * largest),
+        *halves,
         whole,
     )
+    # One order alone is another gradient: the tests of the step can tell the two apart.
+    differences = jax.tree.map(lambda a, c: np.abs(2 * a - c).max(), halves[0], whole)
+    assert max(jax.tree.leaves(differences)) > 0.1 * largest
 
 
 def test_without_weight_there_is_no_second_pass():
     config = OptimizerConfig(learning_rate=0.01)
     optimizer = make_optimizer(config, 10)
-    moments = jax.eval_shape(optimizer.init, split_trained(ADAPTER)[0])
-    state = TrainState(step=jnp.int32(0), adapter=ADAPTER, optimizer=moments)
-    flops = []
+    products = []
     for weight in (0.0, WEIGHT):
         adapter = AdaMixConfig(**FIELDS | {"consistency_loss_weight": weight})
         model = Decoder(decoder_config(scan_layers=False), adapter)
-        params = split_params(decoder_params(model))
-        moments = jax.eval_shape(optimizer.init, params[0])
+        adapter_params, frozen = split_params(decoder_params(model))
+        moments = jax.eval_shape(optimizer.init, adapter_params)
         step = make_train_step(model, optimizer, make_schedule(config, 10), seed=0, num_steps=10)
-        state = TrainState(step=jnp.int32(0), adapter=params[0], optimizer=moments)
-        jaxpr = jax.make_jaxpr(step)(state, params[1], BATCH)
-        flops.append(str(jaxpr).count("dot_general"))
+        state = TrainState(step=jnp.int32(0), adapter=adapter_params, optimizer=moments)
+        jaxpr = jax.make_jaxpr(step)(state, frozen, BATCH)
+        products.append(str(jaxpr).count("dot_general"))
     # A third pass beside the forward and the backward one.
-    assert 1.3 * flops[0] < flops[1] < 1.7 * flops[0]
+    assert 1.3 * products[0] < products[1] < 1.7 * products[0]

@@ -167,6 +167,11 @@ def test_dropout_acts_on_the_input_of_the_pair_in_training_alone(kind):
         np.testing.assert_array_equal(y, 1.0)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(model, params, batch):
+    return model.apply({"params": params}, batch)
+
+
 def unstack(params, layers):
     flat = {name: leaf for name, leaf in params.items() if name != "layers"}
     for layer in range(layers):
@@ -206,7 +211,7 @@ def test_decoding_token_by_token_is_one_pass(kind):
     model = Decoder(decoder_config(num_layers=3), ResLoRAConfig(rank=2, **KINDS[kind]))
     params = decoder_params(model)
     tokens = np.random.default_rng(0).integers(1, 23, (2, 6)).astype(np.int32)
-    whole = model.apply({"params": params}, {"decoder_input_tokens": tokens})
+    whole = logits_of(model, params, {"decoder_input_tokens": tokens})
 
     @jax.jit
     def call(variables, tokens, position):
@@ -229,8 +234,7 @@ def test_bfloat16_carries_in_its_own_type_and_stays_near_float32(kind):
     exact = Decoder(decoder_config(num_layers=3), adapter)
     half = Decoder(decoder_config(num_layers=3, dtype="bfloat16"), adapter)
     params = decoder_params(exact, scale=0.3)
-    expected = exact.apply({"params": params}, BATCH)
-    got = half.apply({"params": params}, BATCH)
+    expected, got = logits_of(exact, params, BATCH), logits_of(half, params, BATCH)
     assert np.abs(got - expected).mean() < 0.2 * np.std(expected)
 
 
@@ -269,8 +273,8 @@ def test_block_merges_exactly(scan_layers, previous):
         scan_layers, connection="block", num_previous=previous, overrides=overrides
     )
     merged = merge(model.adapter, params)
-    plain = model.clone(adapter=None).apply({"params": merged}, BATCH)
-    np.testing.assert_allclose(plain, model.apply({"params": params}, BATCH), rtol=1e-4, atol=1e-4)
+    plain = logits_of(model.clone(adapter=None), merged, BATCH)
+    np.testing.assert_allclose(plain, logits_of(model, params, BATCH), rtol=1e-4, atol=1e-4)
 
 
 def merged_share(params, merged, layer, path, scale, scan_layers):

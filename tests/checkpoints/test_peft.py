@@ -22,7 +22,7 @@ from tests.tiny import decoder_config, decoder_params, draw, make_batch
 
 LAYERS = 3
 BATCH = make_batch([(5, 3), (7,)], 8)
-EXPORTED = [name for name in METHODS if peft.can_export(METHODS[name]())]
+EXPORTED = [name for name in METHODS if peft.can_export(METHODS[name])]
 REFUSED = [name for name in METHODS if name not in EXPORTED]
 OVERRIDDEN = {
     "rank": 2,

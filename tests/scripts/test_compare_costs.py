@@ -1,5 +1,7 @@
 """FLOPs and bytes of a step: loops count in full, and few layers give those of many."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -26,33 +28,32 @@ def model(layers):
     )
 
 
-@pytest.fixture
-def batch():
+@functools.cache
+def analyse(layers=2, method="lora", **train):
     shapes = dict.fromkeys(
         ("decoder_input_tokens", "decoder_target_tokens", "decoder_segment_ids", "task_ids"),
         jax.ShapeDtypeStruct((B, T), jnp.int32),
     )
-    return shapes | {"decoder_loss_weights": jax.ShapeDtypeStruct((B, T), jnp.float32)}
-
-
-def analyse(batch, layers=2, method="lora", **train):
+    batch = shapes | {"decoder_loss_weights": jax.ShapeDtypeStruct((B, T), jnp.float32)}
     train = {"num_steps": 4} | train
     return compare_costs.analyse(experiment(method, train=train), model(layers), batch, NAMES)
 
 
-def test_few_layers_give_the_cost_of_many(batch, monkeypatch):
-    for method in ("lora", "sira"):
-        monkeypatch.setattr(compare_costs, "_MOST_LAYERS", 5)
-        apart = analyse(batch, 5, method)
-        monkeypatch.setattr(compare_costs, "_MOST_LAYERS", 3)
-        extrapolated = analyse(batch, 5, method)
-        assert (apart.pop("extrapolated"), extrapolated.pop("extrapolated")) == (0, 1)
-        for name, value in apart.items():
-            assert extrapolated[name] == pytest.approx(value, rel=2e-3), (method, name)
+def test_few_layers_give_the_cost_of_many(monkeypatch):
+    apart = analyse(3, "sira")
+    assert apart["extrapolated"] == 0
+    analyse.cache_clear()
+    for name, layers in (("_MOST_LAYERS", 2), ("_FEW", 1), ("_MORE", 2)):
+        monkeypatch.setattr(compare_costs, name, layers)
+    extrapolated = analyse(3, "sira")
+    analyse.cache_clear()
+    assert extrapolated["extrapolated"] == 1
+    for name in ("flops_per_token", "bytes_per_token"):
+        assert extrapolated[name] == pytest.approx(apart[name], rel=2e-3)
 
 
-def test_a_layer_costs_its_products_forward_and_backward(batch):
-    more, few = analyse(batch, 3)["flops_per_token"], analyse(batch, 2)["flops_per_token"]
+def test_a_layer_costs_its_products_forward_and_backward():
+    more, few = analyse(3)["flops_per_token"], analyse()["flops_per_token"]
     # Forward and the gradient of the input: the frozen kernels have none of their own. The rest is LoRA of rank 4 (3 times
     # its forward pass), attention over 16 positions, norms and activations.
     lora = 2 * 4 * (16 * 7 + 16 + 8 + 8 + 16 + 20 + 20 + 16 + 4)
@@ -61,7 +62,7 @@ def test_a_layer_costs_its_products_forward_and_backward(batch):
     assert products < more - few < 1.6 * products
 
 
-def test_chunks_and_microbatches_count_in_full(batch):
-    whole = analyse(batch)
+def test_chunks_and_microbatches_count_in_full():
+    whole = analyse()
     assert whole["extrapolated"] == 0
-    assert analyse(batch, loss_chunk_size=8, accumulation_steps=2) == whole
+    assert analyse(loss_chunk_size=8, accumulation_steps=2) == whole
