@@ -98,7 +98,7 @@ class MergingChainConfig(AdapterConfig):
         """
         projections = by_projection(adapter)
         layers = _layers_of(projections)
-        num_layers = max((len(places) for places in by_layer(projections).values()), default=0)
+        num_layers = max(len(places) for places in by_layer(projections).values())
         choice_key, draw_key = jax.random.split(key)
         active_L = self.choose_layers(choice_key, num_layers)
         started = {}

@@ -229,6 +229,7 @@ def read_header(path: str | os.PathLike) -> AdapterHeader:
         raise CheckpointError(
             f"{file}: base.param_dtype={base['param_dtype']!r} is not allowed: one of {', '.join(MODEL_DTYPES)}"
         )
+    _check_sizes(file, "adapter", content["adapter"])
     try:
         config = make_config(content["adapter"])
     except ConfigError as error:
@@ -248,6 +249,18 @@ def _check_fields(file: str, where: str, content: Mapping, known: tuple[str, ...
     for name in known:
         if name not in content:
             raise CheckpointError(f"{file}: field {where}{name} is missing")
+
+
+def _check_sizes(file: str, where: str, value: object) -> None:
+    """Raises CheckpointError for a number that no array has as a size: JAX fails on some of those without a word of use."""
+    if type(value) is int and value >= 2**31:
+        raise CheckpointError(f"{file}: {where}={value} is not allowed: under 2**31")
+    if isinstance(value, Mapping):
+        for name, part in value.items():
+            _check_sizes(file, f"{where}.{name}", part)
+    if isinstance(value, list):
+        for part in value:
+            _check_sizes(file, where, part)
 
 
 def load_adapter(

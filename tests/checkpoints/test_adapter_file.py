@@ -17,7 +17,7 @@ from sira_jax.checkpoints.adapter_file import (
     save_adapter,
     tensor_places,
 )
-from sira_jax.errors import CheckpointError, ModelFileError
+from sira_jax.errors import CheckpointError, ModelFileError, SiraError
 from sira_jax.models import Decoder
 from sira_jax.training.train_state import init_adapter, merge_params, split_params
 from tests.adapters.test_every_method import make
@@ -243,6 +243,13 @@ BAD_CONFIGS = [
     (adapter(experts=2), CheckpointError, f"{CONFIG}: adapter.experts=2", "alpha"),
     (adapter(rank=0), CheckpointError, f"{CONFIG}: adapter.rank=0", "at least 1"),
     (adapter(rank="2"), CheckpointError, f"{CONFIG}: adapter.rank='2'"),
+    (adapter(rank=2**31), CheckpointError, f"{CONFIG}: adapter.rank=2147483648", "under 2**31"),
+    (
+        adapter(overrides=[["q", {"rank": 10**30}]]),
+        CheckpointError,
+        f"{CONFIG}: adapter.overrides.rank=1{'0' * 30}",
+        "under 2**31",
+    ),
     (adapter(targets=["qq"]), CheckpointError, f"{CONFIG}: adapter.targets=('qq',)", "matches no"),
     (adapter(targets=["("]), CheckpointError, f"{CONFIG}: adapter.targets='('"),
     (drop("base", "fingerprint"), CheckpointError, f"{CONFIG}: field base.fingerprint is missing"),
@@ -259,7 +266,7 @@ BAD_CONFIGS = [
 ]
 BAD_WEIGHTS = [
     (adapter(rank=3), f"{WEIGHTS}: tensors of another shape: {Q_A} is (8, 2), expected (8, 3)"),
-    (adapter(rank=10**12), "expected (8, 1000000000000)"),
+    (adapter(rank=2**31 - 1), "expected (8, 2147483647)"),
     (adapter(method="sira"), f"{WEIGHTS}: missing tensors: layers.0.attention.q.router"),
     (adapter(targets=["q"]), f"{WEIGHTS}: unexpected tensors: layers.0.mlp.down.lora_a", "3 more"),
     (adapter(targets=["q", "k", "down"]), f"{WEIGHTS}: missing tensors: layers.0.attention.k.lora"),
@@ -285,6 +292,19 @@ def test_bad_configs_are_refused(tmp_path, damage, error, named):
     before = contents(tmp_path)
     assert_mistake(error, lambda: load(tmp_path), tmp_path, *named)
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_absurd_sizes_are_refused_before_anything_is_made(tmp_path, method):
+    file = save(tmp_path, make(method)) / CONFIG
+    content = json.loads(file.read_text())
+    for name in {"rank", "num_experts"} & set(content["adapter"]):
+        file.write_text(json.dumps(content | {"adapter": content["adapter"] | {name: 2**31 - 1}}))
+        with pytest.raises(
+            SiraError, match=rf"{tmp_path}/adapter_\w+\.(json|safetensors): .*\d"
+        ) as error:
+            load(tmp_path)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("damage", "named"), [(d, n) for d, *n in BAD_WEIGHTS])
