@@ -1,8 +1,9 @@
 """Times and memory of whole training steps, for each adapter. `scripts/benchmark.py` prints the table."""
 
+import ast
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,7 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sira_jax.adapters import METHODS, AdapterConfig, LoRAConfig, SiRAConfig, split_trained
+from sira_jax.adapters import (
+    METHODS,
+    AdapterConfig,
+    LoRAConfig,
+    SiRAConfig,
+    make_config,
+    split_trained,
+)
+from sira_jax.errors import check
 from sira_jax.models import Decoder, DecoderConfig
 from sira_jax.training.config import OptimizerConfig
 from sira_jax.training.optimizers import make_optimizer, make_schedule
@@ -36,13 +45,30 @@ def step_adapters(num_experts: int, rank: int, k: int) -> dict[str, AdapterConfi
     }
 
 
-def method_adapters(names: list[str]) -> dict[str, AdapterConfig]:
-    """Methods of the registry with their defaults, each after the LoRA that trains as many components."""
+def method_adapters(candidates: Sequence[str]) -> dict[str, AdapterConfig]:
+    """Configs by candidate, each after the LoRA that trains as many components.
+
+    Args:
+      candidates: methods of the registry, with the fields that differ from the defaults: "malora:num_experts=16:rank=34".
+
+    Raises:
+      ConfigError: unknown method or field, or a value out of range.
+    """
     adapters: dict[str, AdapterConfig] = {}
-    for name in names:
-        config = METHODS[name]()
+    for candidate in candidates:
+        name, *changes = candidate.split(":")
+        fields = {}
+        for change in changes:
+            field, equals, value = change.partition("=")
+            check(equals == "=", "--candidates", candidate, "METHOD, or METHOD:FIELD=VALUE:...")
+            try:
+                fields[field] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                fields[field] = value
+        check(name in METHODS, "--candidates", name, f"some of {', '.join(METHODS)}")
+        config = make_config(fields | {"method": name})
         adapters[f"lora_r{config.trained_rank}"] = LoRAConfig(rank=config.trained_rank)
-        adapters[name] = config
+        adapters[candidate] = config
     return adapters
 
 

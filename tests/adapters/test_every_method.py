@@ -33,7 +33,7 @@ FIELDS = {
     "mov": {"num_experts": 3},
     "adamix": {"num_experts": 3},
     "malora": {"num_experts": 3, "shared_dim": 3},
-    "milora": {"rank": 2},
+    "milora": {"rank": 2, "num_selected_experts": 7},
     "xgblora": {"num_layers_per_stage": 1, "merge_every": 2},
     "rac_lora": {"merge_every": 2},
     "dynamic_dora": {"prune_every": 1},

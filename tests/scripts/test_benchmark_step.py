@@ -1,6 +1,9 @@
 """The step benchmark measures what it says, on a model small enough for a test."""
 
+import pytest
+
 from scripts.benchmark_step import method_adapters, run_step_benchmark, step_adapters
+from sira_jax.errors import ConfigError
 from tests.tiny import decoder_config
 
 
@@ -20,6 +23,27 @@ def test_candidates_are_held_against_the_lora_of_their_trained_rank():
     assert first["trained"] == second["trained"] > 0
     assert 0 < first["min_s"] <= first["median_s"]
     assert first["tokens_per_s"] == 8 / first["median_s"]
+
+
+def test_candidates_may_change_fields():
+    adapters = method_adapters(["sira:num_experts=8:rank=2:dispatch=einsum"])
+    (_, baseline), (_, sira) = adapters.items()
+    assert baseline.rank == 16
+    assert (sira.num_experts, sira.rank, sira.dispatch) == (8, 2, "einsum")
+
+
+@pytest.mark.parametrize(
+    ("candidate", "named"),
+    [
+        ("lorra", "lorra"),
+        ("lora:rank", "lora:rank"),
+        ("lora:rnk=2", "rnk"),
+        ("lora:rank=x", "rank"),
+    ],
+)
+def test_wrong_candidates_are_named(candidate, named):
+    with pytest.raises(ConfigError, match=named):
+        method_adapters([candidate])
 
 
 def test_without_a_lora_of_the_same_rank_there_is_no_ratio_to_it():
