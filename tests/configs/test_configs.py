@@ -48,8 +48,8 @@ def test_base_config_has_the_librarys_fields_and_defaults(name):
 def test_every_method_has_a_config_file_with_its_defaults(method):
     module = importlib.import_module(f"configs.adapters.{method}")
     assert make_config(module.get_config().to_dict()) == METHODS[method]()
-    changed = make_config(module.get_config(targets=("q",)).to_dict())
-    assert changed == METHODS[method](targets=("q",))
+    changed = make_config(module.get_config(targets=("k", "v", "down", "up")).to_dict())
+    assert changed == METHODS[method](targets=("k", "v", "down", "up"))
 
 
 @pytest.mark.parametrize("method", METHODS)
