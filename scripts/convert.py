@@ -53,7 +53,7 @@ _ERROR_TOKENS = (2, 64)  # rows and positions of the batch that a merged model i
 
 
 def convert_hf(args: Namespace) -> None:
-    """A Hugging Face folder to one that holds its parameters in one file type."""
+    """A Hugging Face folder to one whose parameters are all of one type."""
     path = find_model(args.source, "SRC")
     if not os.path.isdir(path):
         raise ConfigError(f"SRC={path}: is no folder; for a GGUF file: scripts/convert.py gguf")

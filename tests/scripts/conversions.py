@@ -68,10 +68,15 @@ def _apply(config, params, adapter, batch):
     return Decoder(config, adapter).apply({"params": params}, batch)
 
 
+def token_ids(vocab_size):
+    """(2, 12) random tokens."""
+    return np.random.default_rng(7).integers(0, vocab_size, (2, 12))
+
+
 def logits(config, params, adapter=None):
-    """(2, 12, V) of random tokens."""
-    tokens = np.random.default_rng(7).integers(0, config.vocab_size, (2, 12))
-    return np.asarray(_apply(config, params, adapter, {"decoder_input_tokens": tokens}))
+    """(2, 12, V) of `token_ids`."""
+    batch = {"decoder_input_tokens": token_ids(config.vocab_size)}
+    return np.asarray(_apply(config, params, adapter, batch))
 
 
 def files(folder):
