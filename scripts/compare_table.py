@@ -214,7 +214,7 @@ def _memory_ratio(own: _Results, baseline: _Results | None) -> float | str:
 
 def to_table(rows: Sequence[Row], split: str) -> Table:
     """The rows as text; what is not there refers to a note."""
-    notes: dict[str, int] = {}
+    notes: dict[str, list[str]] = {}  # Reason -> the rows that refer to it.
 
     def cell(row: Row, value: Any, show: Callable[[Any], str]) -> Cell:
         if isinstance(value, str):
@@ -222,7 +222,10 @@ def to_table(rows: Sequence[Row], split: str) -> Table:
         return Cell(show(value))
 
     def mark(row: Row, reason: str) -> str:
-        return f"[{notes.setdefault(f'{row.label}: {reason}', len(notes) + 1)}]"
+        labels = notes.setdefault(reason, [])
+        if row.label not in labels:
+            labels.append(row.label)
+        return f"[{list(notes).index(reason) + 1}]"
 
     qualities = list(rows[0].quality)
     header = [
@@ -264,7 +267,10 @@ def to_table(rows: Sequence[Row], split: str) -> Table:
                 cell(row, row.costs["scratch_ratio"], lambda v: f"{v:.2f}"),
             ]
         )
-    listed = [f"[{number}] {text}." for text, number in notes.items()]
+    listed = [
+        f"[{number}] {', '.join(labels)}: {reason}."
+        for number, (reason, labels) in enumerate(notes.items(), start=1)
+    ]
     return Table(header, lines, listed)
 
 

@@ -124,6 +124,14 @@ def test_methods_without_any_run_or_cost(tmp_path):
     )
     lora, _ = rows_of(by_method, "there is no costs.json")
     assert lora.costs["flops_per_token"] == "there is no costs.json"
+    # What several methods lack for one reason is one note.
+    notes = compare_table.to_table(rows_of(by_method, "there is no costs.json"), "test").notes
+    assert notes == [
+        "[1] lora, sira: seed 1: was not run yet.",
+        "[2] lora, sira: there is no costs.json.",
+        "[3] sira: seed 0: was not run yet.",
+        "[4] sira: was not run yet.",
+    ]
     assert lora.costs["memory_ratio"] == 1
 
 

@@ -1,108 +1,31 @@
-"""generate.py and evaluate.py with several adapters on one tiny base, against the same scripts with each adapter alone."""
+"""generate.py with several adapters on one tiny base, against each adapter alone."""
 
-import dataclasses
 import functools
-import importlib
 import io
 import json
 import shutil
-import sys
 
-import jax
-import numpy as np
 import pytest
-from absl import flags
 
 from scripts import assemble, cli
-from sira_jax.adapters.base import PATHS
-from sira_jax.checkpoints import fingerprint
-from sira_jax.checkpoints.adapter_file import save_adapter
 from sira_jax.errors import CheckpointError, ConfigError, DataError
 from sira_jax.models import Decoder
-from sira_jax.training import loop
-from sira_jax.training.config import make_experiment
-from sira_jax.training.train_state import init_adapter, merge_params, split_params
-from tests.hf_models import weights_by_rule, write_folder
-from tests.integration.mistakes import SHAPE, assert_mistake, contents, fields
+from sira_jax.training.train_state import merge_params, split_params
+from tests.integration.mistakes import assert_mistake
 from tests.integration.test_whole_run import script
-from tests.tiny import draw
+from tests.scripts.adapter_runs import BOTH, CONFIGS, make_runner, make_runs
 
-TASKS = ["cldr_number_en", "cldr_relative_sw"]
-CONFIGS = {
-    "lora": {"method": "lora", "rank": 2},
-    "sira": {"method": "sira", "rank": 2, "num_experts": 4, "num_selected_experts": 2},
-}
 PROMPTS = ["Write 12.", "Say when\nthat was.", "A longer prompt than the others are."]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with the run directories lora, sira and frozen, and the adapter folder `folder`, a copy of lora."""
-    folder = tmp_path_factory.mktemp("runs")
-    shape = {**SHAPE, "num_hidden_layers": 2}
-    write_folder(folder / "model", shape, weights_by_rule(shape))
-    for seed, (name, adapter) in enumerate(CONFIGS.items()):
-        experiment = make_experiment(
-            fields(
-                folder / "model",
-                adapter=adapter,
-                data__tasks=TASKS,
-                decode={"max_new_tokens": 5},
-                evaluate={"examples_per_task": 3},
-            )
-        )
-        plan = assemble.Plan(experiment)
-        frozen = split_params(plan.load_base().params)[1]
-        meta = {"config": experiment.to_dict(), "base_fingerprint": fingerprint(frozen)}
-        (folder / name).mkdir()
-        (folder / name / "config.json").write_text(json.dumps(meta))
-        model = plan.model(0)
-        drawn = draw(jax.eval_shape(lambda model=model: init_adapter(model, 0)), seed)
-        checkpointer = loop.make_checkpointer(folder / name, experiment)
-        checkpointer.save(2, drawn, {"step": np.int32(2)}, {"data": {}}, meta)
-        checkpointer.close()
-        if name == "lora":
-            save_adapter(
-                folder / "folder",
-                experiment.adapter,
-                drawn,
-                plan.base.config,
-                meta["base_fingerprint"],
-            )
-    plain = dataclasses.replace(experiment, adapter=None)
-    (folder / "frozen").mkdir()
-    meta = {"config": plain.to_dict(), "base_fingerprint": fingerprint(frozen)}
-    (folder / "frozen/config.json").write_text(json.dumps(meta))
-    return folder
+    return make_runs(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture
 def run(runs, monkeypatch, capsys):
-    """Runs scripts/NAME.py in this process and returns what it printed; {0} in an argument is the folder of the runs.
-
-    `run.folder` is that folder, `run.errors` what the last call wrote to standard error.
-    """
-
-    def call(name, *arguments, stdin=None):
-        before = set(flags.FLAGS)
-        if stdin is not None:
-            monkeypatch.setattr(sys, "stdin", stdin)
-        module = importlib.import_module(f"scripts.{name}")
-        try:
-            flags.FLAGS([name, *(argument.format(runs) for argument in arguments)])
-            capsys.readouterr()
-            module.main([])
-            out, call.errors = capsys.readouterr()
-            return out
-        finally:
-            # Other scripts' flags have the same names.
-            for flag in set(flags.FLAGS) - before:
-                delattr(flags.FLAGS, flag)
-            flags.FLAGS.unparse_flags()
-            del sys.modules[f"scripts.{name}"]
-
-    call.folder = runs
-    return call
+    return make_runner(runs, monkeypatch, capsys)
 
 
 def terminal(*lines):
@@ -126,9 +49,6 @@ def answers(runs):
         found[name] = plan.decode(model, merge_params(adapter, frozen), tokens)
     assert len({tuple(texts) for texts in found.values()}) == 3
     return found
-
-
-BOTH = "--adapters=l={0}/lora,s={0}/sira"
 
 
 def shown(*texts):
@@ -168,7 +88,7 @@ def test_a_file_of_requests(run, answers, tmp_path):
     assert out.count("\n") == 6
 
 
-def test_a_text_file_and_a_file_without_adapters(run, answers, runs, tmp_path):
+def test_a_text_file_and_a_file_without_adapters(run, answers, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("".join(prompt.replace("\n", "\\n") + "\n" for prompt in PROMPTS))
     assert run("generate", BOTH, "--adapter=s", f"--file={file}") == shown(*answers["sira"])
@@ -208,7 +128,7 @@ def test_a_conversation(run, answers):
     )
 
 
-def test_mistakes_on_a_terminal_are_told_and_it_goes_on(run, answers, capsys):
+def test_mistakes_on_a_terminal_are_told_and_it_goes_on(run, answers):
     bad = [
         "/use x",
         "/unload x",
@@ -346,100 +266,3 @@ def test_a_mistake_is_one_line_and_status_2(runs):
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line == "error: --adapters: the name 'l' is there twice"
-
-
-# Evaluation.
-
-
-@pytest.fixture
-def evaluated(run, tmp_path):
-    """Evaluates with several adapters; returns (results, predictions, router report) from the files."""
-
-    def call(*arguments):
-        run("evaluate", f"--workdir={tmp_path}", *arguments)
-        lines = (tmp_path / "predictions_test.jsonl").read_text().splitlines()
-        router = tmp_path / "router_test.json"
-        return (
-            json.loads((tmp_path / "evaluation_test.json").read_text()),
-            [json.loads(line) for line in lines],
-            json.loads(router.read_text()) if router.exists() else None,
-        )
-
-    return call
-
-
-def test_each_task_with_its_adapter(evaluated, run, runs, tmp_path):
-    alone = {}
-    for name in CONFIGS:
-        copy = shutil.copytree(runs / name, tmp_path / f"copy_{name}")
-        run("evaluate", f"--workdir={copy}")
-        records = (copy / "predictions_test.jsonl").read_text().splitlines()
-        results = json.loads((copy / "evaluation_test.json").read_text())
-        alone[name] = (results, [json.loads(line) for line in records])
-    assert [r["prediction"] for r in alone["lora"][1]] != [
-        r["prediction"] for r in alone["sira"][1]
-    ]
-
-    results, predictions, router = evaluated(BOTH, "--assign=*_sw=s,cldr_*=l")
-    assert results["assigned"] == {"cldr_number_en": "l", "cldr_relative_sw": "s"}
-    assert results["examples"] == dict.fromkeys(TASKS, 3)
-    assert results["checkpoint"] == "best"
-    for name, own in (("l", "lora"), ("s", "sira")):
-        source = results["adapters"][name]
-        assert source["directory"] == f"{runs}/{own}"
-        assert source["checkpoint"] == 2
-        assert CONFIGS[own].items() <= source["adapter"].items()
-    by_task = dict(zip(TASKS, CONFIGS, strict=True))
-    assert predictions == [
-        record for task in TASKS for record in alone[by_task[task]][1] if record["task"] == task
-    ]
-    for task, name in by_task.items():
-        assert results["scores"][task] == alone[name][0]["scores"][task]
-        for loss in (f"test/loss/{task}", f"test/accuracy/{task}"):
-            np.testing.assert_allclose(
-                results["losses"][loss], alone[name][0]["losses"][loss], rtol=1e-5
-            )
-    # The router of the one that has one saw the tokens of its own task alone.
-    tokens = np.asarray(router["projections"]["s/attention/q"]["task_tokens"])
-    assert set(router["projections"]) == {f"s/{path}" for path in PATHS}
-    assert (tokens[:, 0] == 0).all()
-    assert (tokens[:, 1] > 0).all()
-
-
-def test_the_base_and_an_adapter_folder(evaluated, run, runs, tmp_path):
-    config = tmp_path / "config.py"
-    experiment = json.loads((runs / "lora/config.json").read_text())["config"]
-    config.write_text(
-        "from ml_collections import ConfigDict\n\n\ndef get_config():\n"
-        f"    return ConfigDict({experiment!r})\n"
-    )
-    results, predictions, router = evaluated(
-        "--adapters=f={0}/folder", f"--config={config}", "--assign=cldr_number_en=f,*=base"
-    )
-    assert router is None
-    assert results["adapters"]["f"]["checkpoint"] is None
-    frozen = shutil.copytree(runs / "lora", tmp_path / "frozen")
-    run("evaluate", f"--workdir={frozen}", "--checkpoint=none")
-    expected = [json.loads(r) for r in (frozen / "predictions_test.jsonl").read_text().splitlines()]
-    same = [a == b for a, b in zip(predictions, expected, strict=True)]
-    assert same[3:] == [True] * 3
-    assert not all(same[:3])
-
-
-ASSIGNMENTS = [
-    ([BOTH], "task cldr_number_en has no adapter"),
-    ([BOTH, "--assign=*_sw=s"], "task cldr_number_en has no adapter", "*=NAME"),
-    ([BOTH, "--assign=*=x"], "--assign: adapter 'x'", "l, s, base"),
-    ([BOTH, "--assign=cldr_nubmer_en=l,*=s"], "'cldr_nubmer_en' fits none of the tasks cldr_number_en"),
-    ([BOTH, "--assign=l"], "--assign: 'l' is not allowed: TASK=NAME"),
-    (["--assign=*=l"], "--assign needs --adapters"),
-    ([BOTH, "--assign=*=l", "--checkpoint=none"], "--checkpoint=none"),
-    ([BOTH, "--assign=*=l", "--workdir={0}/lora"], "lora: is one run's"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("arguments", "named"), [(a, named) for a, *named in ASSIGNMENTS])
-def test_wrong_assignments(arguments, named, run):
-    before = contents(run.folder)
-    assert_mistake(ConfigError, lambda: run("evaluate", *arguments), *named)
-    assert contents(run.folder) == before
