@@ -86,6 +86,11 @@ def logits(model, params, batch):
 
 
 methods = pytest.mark.parametrize("method", METHODS)
+# Every method compiles programs of its own: of the costlier checks the fast suite runs those of two.
+thorough = pytest.mark.parametrize(
+    "method",
+    [m if m in ("lora", "sira") else pytest.param(m, marks=pytest.mark.slow) for m in METHODS],
+)
 
 
 @methods
@@ -140,7 +145,7 @@ def test_adapter_parameters_are_float32_with_a_name_for_each_axis(method):
         assert leaf.value.dtype == jnp.float32
 
 
-@methods
+@thorough
 def test_scanned_and_separate_layers_compute_the_same(method):
     model = trained_run(method)[0]
     unstacked = Decoder(decoder_config(num_layers=LAYERS, scan_layers=False), model.adapter)
@@ -167,7 +172,7 @@ def apart(params):
     return {name: leaf for name, leaf in params.items() if name != "layers"} | layers
 
 
-@methods
+@thorough
 def test_content_of_padding_changes_no_real_token(method):
     model = trained_run(method)[0]
     params = drawn(model)
@@ -182,7 +187,7 @@ def test_content_of_padding_changes_no_real_token(method):
     np.testing.assert_allclose(first[real], second[real], rtol=1e-5, atol=1e-6)
 
 
-@methods
+@thorough
 def test_packed_examples_do_not_see_one_another(method):
     """With evaluation's unlimited capacity a token's result does not depend on its row's other examples."""
     model = trained_run(method)[0]
@@ -193,7 +198,7 @@ def test_packed_examples_do_not_see_one_another(method):
 
 
 @methods
-@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("scan_layers", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_merged_model_equals_the_adapted_one_or_is_refused(method, scan_layers):
     """Stacked: as trained; apart: as drawn, which spares a compilation of the step."""
     model, _, seen, _, frozen = trained_run(method)
@@ -214,7 +219,7 @@ def test_merged_model_equals_the_adapted_one_or_is_refused(method, scan_layers):
     np.testing.assert_allclose(plain, logits(model, params, BATCH), rtol=1e-4, atol=1e-5)
 
 
-@methods
+@thorough
 def test_bfloat16_stays_finite_and_near_float32(method):
     model = trained_run(method)[0]
     half = Decoder(decoder_config(num_layers=LAYERS, dtype="bfloat16"), model.adapter)

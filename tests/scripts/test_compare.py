@@ -50,6 +50,7 @@ def arguments(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_a_whole_comparison(arguments, tmp_path):
     workdir = tmp_path / "out"
     done = compare(workdir, *arguments)

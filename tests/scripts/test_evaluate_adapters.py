@@ -11,6 +11,9 @@ from sira_jax.errors import ConfigError
 from tests.integration.mistakes import assert_mistake, contents
 from tests.scripts.adapter_runs import BOTH, CONFIGS, TASKS, make_runner, make_runs
 
+# Each of these loads, decodes and writes: minutes in all.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
