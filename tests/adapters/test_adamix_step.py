@@ -119,7 +119,11 @@ def both_passes(microbatch, start, stop):
 
 @pytest.mark.parametrize(
     ("gradient", "parts", "chunk_size"),
-    [("both", 1, 0), ("both", 1, 3), ("first", 2, 3)],
+    [
+        pytest.param("both", 1, 0, marks=pytest.mark.slow),
+        ("both", 1, 3),
+        pytest.param("first", 2, 3, marks=pytest.mark.slow),
+    ],
 )
 def test_consistency_term_of_a_step(gradient, parts, chunk_size):
     got, metrics = run_step(gradient, accumulation_steps=parts, loss_chunk_size=chunk_size)

@@ -81,7 +81,9 @@ def assert_rows_are_their_own(members, params, batch, ids, **changes):
         assert np.abs(first - second)[real].max() > 1e-2
 
 
-@pytest.mark.parametrize("changes", [{}, {"scan_layers": False, "qkv_bias": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, pytest.param({"scan_layers": False, "qkv_bias": True}, marks=pytest.mark.slow)]
+)
 def test_each_row_has_the_logits_of_its_adapter_alone(changes):
     params = decoder_params(Decoder(decoder_config(**changes), SET))
     assert_rows_are_their_own(MEMBERS, params, BATCH, IDS, **changes)
@@ -127,7 +129,14 @@ METHOD_IDS = np.asarray([1, 0, 1, -1, 0, 1, 1], np.int32)
 
 
 # One that changes the frozen product, one with a block module and a cache of its own, one that hands on from layer to layer.
-@pytest.mark.parametrize("method", ["dora", "milora", "reslora"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "milora",
+        pytest.param("dora", marks=pytest.mark.slow),
+        pytest.param("reslora", marks=pytest.mark.slow),
+    ],
+)
 def test_a_method_beside_another(method):
     members, params = set_with(method)
     assert_rows_are_their_own(members, params, BATCH, METHOD_IDS)
@@ -195,7 +204,10 @@ def assert_generates_as_alone(members, params, config):
     [
         # Batches of 4: prompts are sorted by length, and the last batch is filled up with copies of one.
         DecodeConfig(max_new_tokens=6, batch_size=4),
-        DecodeConfig(max_new_tokens=5, batch_size=4, strategy="beam", num_beams=3),
+        pytest.param(
+            DecodeConfig(max_new_tokens=5, batch_size=4, strategy="beam", num_beams=3),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["greedy", "beam"],
 )
@@ -255,7 +267,7 @@ class SummingModule(nn.Module):
         return projection(x_BTD) + added_BTF
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("scan_layers", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_carries_and_block_values_reach_their_own_member(scan_layers):
     members = (
         ("plain", LoRAConfig(rank=2)),
