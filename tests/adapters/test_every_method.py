@@ -33,7 +33,7 @@ FIELDS = {
     "mov": {"num_experts": 3},
     "adamix": {"num_experts": 3},
     "malora": {"num_experts": 3, "shared_dim": 3},
-    "milora": {"rank": 2, "num_selected_experts": 7},
+    "milora": {"rank": 2, "num_selected_experts": 3},
     "xgblora": {"num_layers_per_stage": 1, "merge_every": 2},
     "rac_lora": {"merge_every": 2},
     "dynamic_dora": {"prune_every": 1},
@@ -52,8 +52,12 @@ MERGES = {
 FIELDS["reslora"] = {"connection": "block", "num_previous": 1}
 
 
+# Attention and MLP, an input and two outputs; fewer projections are fewer programs to compile.
+TARGETS = ("k", "v", "down")
+
+
 def make(method, **changes):
-    return METHODS[method](**FIELDS.get(method, {}) | changes)
+    return METHODS[method](**{"targets": TARGETS} | FIELDS.get(method, {}) | changes)
 
 
 @functools.cache

@@ -36,7 +36,11 @@ OPTIMIZER = OptimizerConfig(
     learning_rate=0.02, weight_decay=0.1, schedule="constant", clip_norm=None
 )
 
-chains = pytest.mark.parametrize("name", CHAINS)
+# RAC-LoRA's two sketches share their code: of the costly checks the fast suite runs one chain's.
+chains = pytest.mark.parametrize(
+    "name",
+    [n if n == "xgblora" else pytest.param(n, marks=pytest.mark.slow) for n in CHAINS],
+)
 
 
 @functools.cache
@@ -257,7 +261,7 @@ class PowerCutError(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", ["xgblora", "rac_right"])
+@pytest.mark.parametrize("name", ["xgblora", pytest.param("rac_right", marks=pytest.mark.slow)])
 def test_killed_within_a_stage_and_resumed_it_ends_bitwise_the_same(name, tmp_path):
     """Merges are after steps 3 and 6, checkpoints after 2, 4, 6, 8: the run is cut in step 5 and goes on from 4."""
     config = CHAINS[name]
@@ -302,7 +306,7 @@ def compiled_memory(adapter):
     return lowered.compile().memory_analysis(), kernels, held
 
 
-@pytest.mark.parametrize("name", ["xgblora", "rac_right"])
+@pytest.mark.parametrize("name", ["xgblora", pytest.param("rac_right", marks=pytest.mark.slow)])
 def test_a_step_holds_no_second_copy_of_the_sum(name):
     """It goes through the step in place: neither the scan, the backward pass nor a merge copies it."""
     adapter = dataclasses.replace(CHAINS[name], targets=("gate", "up", "down"))
