@@ -15,6 +15,7 @@ from tests.tiny import VOCAB, decoder_config, decoder_params, make_batch, shapes
 
 LORA = LoRAConfig(rank=2)
 SIRA = SiRAConfig(
+    expert_dropout_rate=0.0,
     num_experts=4,
     num_selected_experts=2,
     rank=2,

@@ -13,6 +13,7 @@ from sira_jax.training.train_state import merge_params, split_params
 from tests.tiny import decoder_config, decoder_params, make_batch
 
 SIRA = SiRAConfig(
+    expert_dropout_rate=0.0,
     num_experts=4,
     num_selected_experts=2,
     rank=2,

@@ -28,6 +28,7 @@ from tests.tiny import decoder_config, decoder_params, make_batch, shapes_of
 
 LORA = LoRAConfig(rank=2, targets=("q", "v", "down"))
 SIRA = SiRAConfig(
+    expert_dropout_rate=0.0,
     num_experts=4,
     num_selected_experts=2,
     rank=2,
