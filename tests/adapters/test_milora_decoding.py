@@ -68,7 +68,12 @@ def gates_in(cache):
 
 
 @pytest.mark.parametrize(
-    ("scan_layers", "pooling"), [*((True, pooling) for pooling in POOLINGS), (False, "attention")]
+    ("scan_layers", "pooling"),
+    [
+        (True, "attention"),
+        pytest.param(False, "attention", marks=pytest.mark.slow),
+        *(pytest.param(True, p, marks=pytest.mark.slow) for p in POOLINGS if p != "attention"),
+    ],
 )
 def test_decoding_token_by_token_is_one_pass_with_the_prompts_gates(scan_layers, pooling):
     model, params = make(scan_layers, pooling)
@@ -99,7 +104,7 @@ def test_decoding_token_by_token_is_one_pass_with_the_prompts_gates(scan_layers,
     assert np.abs(anew - whole).max() > 0.1
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("scan_layers", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_beams_keep_their_prompts_gates(scan_layers):
     """Beam search over a batch finds what beam search by one-pass scores, without a cache, finds for each prompt."""
     model, params = make(scan_layers)

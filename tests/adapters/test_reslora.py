@@ -228,6 +228,7 @@ def test_decoding_token_by_token_is_one_pass(kind):
     np.testing.assert_allclose(np.concatenate(pieces, axis=1), whole, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["input", "repeat", "middle"])
 def test_bfloat16_carries_in_its_own_type_and_stays_near_float32(kind):
     adapter = ResLoRAConfig(rank=2, **KINDS[kind])
@@ -262,7 +263,7 @@ def kernel_of(params, layer, path, scan_layers):
     }
 
 
-scans = pytest.mark.parametrize("scan_layers", [True, False])
+scans = pytest.mark.parametrize("scan_layers", [True, pytest.param(False, marks=pytest.mark.slow)])
 
 
 @scans
