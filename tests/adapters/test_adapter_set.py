@@ -203,7 +203,7 @@ def assert_generates_as_alone(members, params, config):
     "config",
     [
         # Batches of 4: prompts are sorted by length, and the last batch is filled up with copies of one.
-        DecodeConfig(max_new_tokens=6, batch_size=4),
+        pytest.param(DecodeConfig(max_new_tokens=6, batch_size=4), marks=pytest.mark.slow),
         pytest.param(
             DecodeConfig(max_new_tokens=5, batch_size=4, strategy="beam", num_beams=3),
             marks=pytest.mark.slow,

@@ -264,7 +264,7 @@ def test_steps_without_an_event_do_not_sort():
     assert min(found) == 2
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("scan_layers", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_training_run_keeps_exactly_the_budget(scan_layers):
     num_steps = 8
     config = DynamicDoRAConfig(

@@ -89,7 +89,11 @@ def logits(model, params, batch):
     return model.apply({"params": params}, batch)
 
 
-methods = pytest.mark.parametrize("method", METHODS)
+# Three whose own files start, train and merge them anyway run here under `make test-all` alone.
+ELSEWHERE = ("adamix", "dynamic_dora", "rac_lora")
+methods = pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=pytest.mark.slow) if m in ELSEWHERE else m for m in METHODS]
+)
 # Every method compiles programs of its own: of the costlier checks the fast suite runs those of two.
 thorough = pytest.mark.parametrize(
     "method",

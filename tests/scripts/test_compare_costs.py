@@ -39,6 +39,7 @@ def analyse(layers=2, method="lora", **train):
     return compare_costs.analyse(experiment(method, train=train), model(layers), batch, NAMES)
 
 
+@pytest.mark.slow
 def test_few_layers_give_the_cost_of_many(monkeypatch):
     apart = analyse(3, "sira")
     assert apart["extrapolated"] == 0
@@ -62,6 +63,7 @@ def test_a_layer_costs_its_products_forward_and_backward():
     assert products < more - few < 1.6 * products
 
 
+@pytest.mark.slow
 def test_chunks_and_microbatches_count_in_full():
     whole = analyse()
     assert whole["extrapolated"] == 0
