@@ -4,7 +4,7 @@
   python scripts/train.py --config=configs/experiments/compare.py:molora --workdir=runs/molora
 
 The argument after the colon is the method, a file of configs/adapters; its fields are those of that file. scripts/compare.py
-sets model, tasks, steps, seed and the size that the budget allows. What it measured: docs/comparison.md.
+sets model, tasks, steps, seed and the size that the budget allows; docs/comparison.md says what is equal.
 """
 
 import importlib
