@@ -1,7 +1,6 @@
 """What the flags --adapters and --assign say: which adapters to load from where, and which task uses which."""
 
 import contextlib
-import copy
 import dataclasses
 import fnmatch
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -169,10 +168,10 @@ class Adapters:
                 f"{directory}: was trained with model.scan_layers={not layout}, here it is {layout}"
             )
         # The run's own adapter and rule for the best checkpoint, on the base and mesh that are loaded.
-        run = copy.copy(self._plan)
-        run.experiment = experiment
-        model = Decoder(run.base.config, experiment.adapter)
-        params, step = assemble.restore_adapter(run, model, self._frozen, directory, self._which)
+        model = Decoder(self._plan.base.config, experiment.adapter)
+        params, step = assemble.restore_adapter(
+            experiment, self._plan.mesh, model, self._frozen, directory, self._which
+        )
         return experiment.adapter, params, step
 
     def decode_tasks(

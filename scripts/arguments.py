@@ -1,8 +1,9 @@
 """argparse for the scripts that take positional arguments; mistakes end as in `scripts.cli`."""
 
 import argparse
+import ast
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from scripts.cli import USER_ERROR
 
@@ -28,3 +29,11 @@ def at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def parse_value(text: str) -> Any:
+    """The value of FIELD=VALUE: a Python literal, or else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

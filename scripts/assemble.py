@@ -3,7 +3,6 @@
 `Plan` holds what can be known without loading weights or data, so that a script finds mistakes first.
 """
 
-import dataclasses
 import json
 import resource
 import sys
@@ -15,17 +14,17 @@ import jax
 from ml_collections import ConfigDict
 
 import tasks
-from sira_jax.adapters import AdapterConfig, LoRAConfig
-from sira_jax.adapters.base import PATHS
+from sira_jax.adapters import AdapterConfig
+from sira_jax.adapters.base import PATHS, matches
 from sira_jax.checkpoints import BaseModel, fingerprint, load_base_model, read_base_model
 from sira_jax.errors import CheckpointError, ConfigError, DataError, check
 from sira_jax.models import Decoder
 from sira_jax.training import loop, partitioning
-from sira_jax.training.config import ExperimentConfig, make_experiment
+from sira_jax.training.config import ExperimentConfig, ModelSource, make_experiment
 from sira_jax.training.decoding import generate
 from sira_jax.training.evaluate import LossEvaluator
 from sira_jax.training.logging import Progress
-from sira_jax.training.train_state import abstract_params, init_adapter, split_params
+from sira_jax.training.train_state import abstract_adapter, abstract_params
 from tasks import download, specs
 
 
@@ -77,6 +76,18 @@ def find_model(path: str) -> str:
     return path
 
 
+def load_base(path: str, source: ModelSource, mesh: jax.sharding.Mesh) -> BaseModel:
+    """The base model in a file or folder with its parameters, placed on the mesh; `source` says in which types."""
+    options = source.options
+    plain = Decoder(read_base_model(path, **options).config)
+    shardings = partitioning.param_shardings(abstract_params(plain), mesh)
+    by_path = {
+        tuple(entry.key for entry in path): sharding
+        for path, sharding in jax.tree_util.tree_leaves_with_path(shardings)
+    }
+    return load_base_model(path, **options, sharding_fn=lambda path, shape: by_path[path])
+
+
 class Plan:
     """A checked experiment: names are known, sizes fit, but neither weights nor data are loaded.
 
@@ -102,9 +113,7 @@ class Plan:
             f"empty, or {' or '.join(measured)}, with /TASK for one of several tasks",
         )
         self.model_path = find_model(experiment.model.path)
-        self._options = dataclasses.asdict(experiment.model)
-        self._options.pop("path")
-        self.base = read_base_model(self.model_path, **self._options)
+        self.base = read_base_model(self.model_path, **experiment.model.options)
         self.vocabulary = _make_vocabulary(data.vocabulary, self.base)
         size = self.base.config.vocab_size
         check(
@@ -157,26 +166,9 @@ class Plan:
         """The decoder with the experiment's adapter; `num_tasks` turns on per-task router metrics."""
         return Decoder(self.base.config, self.experiment.adapter, num_tasks)
 
-    def abstract_adapter(self, model: Decoder) -> Any:
-        """Shapes and shardings of the trained parameters."""
-        boxes = split_params(abstract_params(model))[0]
-        shardings = partitioning.param_shardings(boxes, self.mesh)
-        shapes = jax.eval_shape(lambda: init_adapter(model, 0))
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-        )
-
     def load_base(self) -> BaseModel:
         """The base with its parameters, placed on the mesh."""
-        plain = Decoder(self.base.config)
-        shardings = partitioning.param_shardings(abstract_params(plain), self.mesh)
-        by_path = {
-            tuple(entry.key for entry in path): sharding
-            for path, sharding in jax.tree_util.tree_leaves_with_path(shardings)
-        }
-        return load_base_model(
-            self.model_path, **self._options, sharding_fn=lambda path, shape: by_path[path]
-        )
+        return load_base(self.model_path, self.experiment.model, self.mesh)
 
     def load_tasks(
         self, split: str, limit: int = 0
@@ -316,12 +308,18 @@ class Plan:
 
 
 def restore_adapter(
-    plan: Plan, model: Decoder, frozen: Any, workdir: str, which: str
+    experiment: ExperimentConfig,
+    mesh: jax.sharding.Mesh,
+    model: Decoder,
+    frozen: Any,
+    workdir: str,
+    which: str,
 ) -> tuple[Any, int]:
     """The adapter of a run directory and its step.
 
     Args:
-      plan: the experiment's plan.
+      experiment: whose adapter the run must have, and whose rule for the best checkpoint holds.
+      mesh: where the adapter is placed.
       model: decoder with the adapter.
       frozen: parameters of the base, whose fingerprint must be the run's.
       workdir: run directory.
@@ -330,7 +328,6 @@ def restore_adapter(
     Raises:
       CheckpointError: there is none, it is damaged, or belongs to another base or another adapter.
     """
-    experiment = plan.experiment
     if not workdir:
         raise ConfigError("--workdir=DIR is needed, a run with an adapter (or --checkpoint=none)")
     directory = Path(workdir) / loop.CHECKPOINTS
@@ -356,7 +353,7 @@ def restore_adapter(
         meta = checkpointer.restore_meta(step)
         loop.check_adapter(meta["config"], experiment, where)
         loop.check_base(meta, fingerprint(frozen), where)
-        return checkpointer.restore_adapter(step, plan.abstract_adapter(model)), step
+        return checkpointer.restore_adapter(step, abstract_adapter(model, mesh)), step
     finally:
         checkpointer.close()
 
@@ -382,10 +379,8 @@ def _check_patterns(adapter: AdapterConfig) -> None:
     patterns = [("adapter.targets", target) for target in adapter.targets]
     patterns += [("adapter.overrides", pattern) for pattern, _ in adapter.overrides]
     for field, pattern in patterns:
-        # In a plain config: the method's own might not allow so few targets.
-        alone = LoRAConfig(targets=(pattern,))
-        matches = any(map(alone.is_target, PATHS))
-        check(matches, field, pattern, f"it matches no projection, which are {', '.join(PATHS)}")
+        is_useful = any(matches(pattern, path) for path in PATHS)
+        check(is_useful, field, pattern, f"it matches no projection, which are {', '.join(PATHS)}")
 
 
 def _make_vocabulary(spec: str, base: BaseModel) -> tasks.vocabularies.Vocabulary:

@@ -1,8 +1,6 @@
 """Times and memory of whole training steps, for each adapter. `scripts/benchmark.py` prints the table."""
 
-import ast
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,22 +9,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scripts.arguments import parse_value
+from scripts.timed_step import TimedStep, take_turns
 from sira_jax.adapters import (
     METHODS,
     AdapterConfig,
     LoRAConfig,
     SiRAConfig,
+    count_model_parameters,
     make_config,
-    split_trained,
 )
 from sira_jax.errors import check
 from sira_jax.models import Decoder, DecoderConfig
 from sira_jax.training.config import OptimizerConfig
 from sira_jax.training.optimizers import make_optimizer, make_schedule
-from sira_jax.training.train_state import TrainState, count, init_adapter, split_params
+from sira_jax.training.train_state import fresh_state, init_adapter, split_params
 from sira_jax.training.train_step import make_train_step
 
-_WARM_UP = 2
+_NUM_STEPS = 1000  # of the schedules
 
 
 def step_adapters(num_experts: int, rank: int, k: int) -> dict[str, AdapterConfig]:
@@ -61,10 +61,7 @@ def method_adapters(candidates: Sequence[str]) -> dict[str, AdapterConfig]:
         for change in changes:
             field, equals, value = change.partition("=")
             check(equals == "=", "--candidates", candidate, "METHOD, or METHOD:FIELD=VALUE:...")
-            try:
-                fields[field] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
-                fields[field] = value
+            fields[field] = parse_value(value)
         check(name in METHODS, "--candidates", name, f"some of {', '.join(METHODS)}")
         config = make_config(fields | {"method": name})
         adapters[f"lora_r{config.trained_rank}"] = LoRAConfig(rank=config.trained_rank)
@@ -108,28 +105,26 @@ def run_step_benchmark(
     }
     variables = Decoder(config).init(jax.random.key(0), batch)
     frozen = nn.unbox(variables["params"])
-    runs = {}
+    steps = {}
     for name in names:
-        runs[name] = _Candidate(config, adapters[name], frozen, batch)
+        steps[name] = _make_step(config, adapters[name], split_params(frozen)[1], batch)
         if log:
             log(f"{name} compiled")
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for round_index in range(repeats + _WARM_UP):
-        for name in names:
-            elapsed = runs[name].step()
-            if round_index >= _WARM_UP:
-                seconds[name].append(elapsed)
+    seconds = take_turns(steps, repeats)
     rows = []
     for name in names:
         median = statistics.median(seconds[name])
+        scratch = steps[name].scratch_bytes
         row = {
             "candidate": name,
-            "trained": runs[name].trained,
+            "trained": count_model_parameters(
+                adapters[name], config.projections, config.emb_dim, config.num_layers
+            ),
             "median_s": median,
             "min_s": min(seconds[name]),
             "tokens_per_s": batch_size * length / median,
-            "temp_mib": runs[name].temp_mib,
-            "state_mib": runs[name].state_mib,
+            "temp_mib": None if scratch is None else scratch / 2**20,
+            "state_mib": steps[name].state_bytes / 2**20,
         }
         for column, base in (
             ("vs_first", names[0]),
@@ -142,33 +137,13 @@ def run_step_benchmark(
     return rows
 
 
-class _Candidate:
-    """A compiled step with its state."""
-
-    def __init__(self, config: DecoderConfig, adapter: AdapterConfig, frozen: Any, batch: Any):
-        model = Decoder(config, adapter)
-        optimizer_config = OptimizerConfig()
-        optimizer = make_optimizer(optimizer_config, 1000)
-        step = make_train_step(
-            model, optimizer, make_schedule(optimizer_config, 1000), seed=0, num_steps=1000
-        )
-        params = init_adapter(model, 0)
-        trained = split_trained(params)[0]
-        self._state = TrainState(
-            step=jnp.int32(0), adapter=params, optimizer=optimizer.init(trained)
-        )
-        self._frozen, self._batch = split_params(frozen)[1], batch
-        self._step = (
-            jax.jit(step, donate_argnums=0).lower(self._state, self._frozen, batch).compile()
-        )
-        memory = self._step.memory_analysis()
-        self.temp_mib = None if memory is None else memory.temp_size_in_bytes / 2**20
-        self.state_mib = sum(x.nbytes for x in jax.tree.leaves(self._state)) / 2**20
-        self.trained = count(trained)
-
-    def step(self) -> float:
-        """Runs one step and returns its seconds."""
-        start = time.perf_counter()
-        self._state, metrics = self._step(self._state, self._frozen, self._batch)
-        jax.block_until_ready((self._state, metrics))
-        return time.perf_counter() - start
+def _make_step(
+    config: DecoderConfig, adapter: AdapterConfig, frozen: Any, batch: Mapping[str, jax.Array]
+) -> TimedStep:
+    model = Decoder(config, adapter)
+    optimizer_config = OptimizerConfig()
+    optimizer = make_optimizer(optimizer_config, _NUM_STEPS)
+    schedule = make_schedule(optimizer_config, _NUM_STEPS)
+    step = make_train_step(model, optimizer, schedule, seed=0, num_steps=_NUM_STEPS)
+    state = fresh_state(init_adapter(model, 0), optimizer)
+    return TimedStep(jax.jit(step, donate_argnums=0), state, frozen, batch)

@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,17 +26,21 @@ from scripts import assemble
 from scripts.arguments import Parser, at_least_one
 from scripts.cli import run_main
 from scripts.compare_runs import COSTS_FILE, RunSpec, first_experiments, load_plan
-from sira_jax.adapters import split_trained
+from scripts.timed_step import TimedStep, take_turns
 from sira_jax.errors import check
 from sira_jax.files import write_text
 from sira_jax.models import Decoder, DecoderConfig
 from sira_jax.training import partitioning
 from sira_jax.training.config import ExperimentConfig
 from sira_jax.training.optimizers import make_optimizer, make_schedule
-from sira_jax.training.train_state import TrainState, abstract_params, init_adapter, split_params
+from sira_jax.training.train_state import (
+    abstract_params,
+    fresh_state,
+    init_adapter,
+    split_params,
+)
 from sira_jax.training.train_step import make_train_step
 
-_WARM_UP = 2
 # Up to so many layers are compiled apart; beyond, two smaller models are.
 _MOST_LAYERS = 5
 _FEW, _MORE = 2, 3
@@ -98,19 +101,15 @@ def measure(
     for spec in specs:
         costs[spec.method] = analyse(spec.experiment, plan.base.config, batch, names)
         log(f"{spec.method}: analysed")
-        step = TimedStep(spec.experiment, plan, frozen, batch, names)
+        step = _timed_step(spec.experiment, plan, frozen, batch, names)
         costs[spec.method] |= {
             "scratch_bytes": step.scratch_bytes,
             "state_bytes": step.state_bytes,
-            "seconds": [],
         }
         steps[spec.method] = step
         log(f"{spec.method}: compiled")
-    for round_index in range(_WARM_UP + rounds):
-        for method, step in steps.items():
-            seconds = step.run()
-            if round_index >= _WARM_UP:
-                costs[method]["seconds"].append(seconds)
+    for method, seconds in take_turns(steps, rounds).items():
+        costs[method]["seconds"] = seconds
     return costs
 
 
@@ -154,14 +153,6 @@ def _make_step(
     return optimizer, step
 
 
-def _make_state(adapter: Any, optimizer: Any) -> TrainState:
-    return TrainState(
-        step=jax.numpy.int32(0),
-        adapter=adapter,
-        optimizer=optimizer.init(split_trained(adapter)[0]),
-    )
-
-
 def _analyse_unrolled(
     experiment: ExperimentConfig,
     config: DecoderConfig,
@@ -173,7 +164,7 @@ def _analyse_unrolled(
         experiment, model, task_names, accumulation_steps=1, loss_chunk_size=0
     )
     adapter, frozen = split_params(nn.unbox(abstract_params(model)))
-    state = jax.eval_shape(lambda tree: _make_state(tree, optimizer), adapter)
+    state = jax.eval_shape(lambda tree: fresh_state(tree, optimizer), adapter)
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
     found = jax.jit(step, donate_argnums=0).lower(state, frozen, shapes).compile().cost_analysis()
     positions = batch["decoder_input_tokens"].size
@@ -183,34 +174,20 @@ def _analyse_unrolled(
     }
 
 
-class TimedStep:
-    """The compiled step of one method with its state."""
-
-    def __init__(
-        self,
-        experiment: ExperimentConfig,
-        plan: assemble.Plan,
-        frozen: Any,
-        batch: Mapping[str, jax.Array],
-        task_names: Sequence[str],
-    ):
-        model = Decoder(plan.base.config, experiment.adapter, len(task_names))
-        optimizer, step = _make_step(experiment, model, task_names)
-        everywhere = partitioning.replicated(plan.mesh)
-        state = _make_state(init_adapter(model, experiment.train.seed), optimizer)
-        self._state = jax.device_put(state, everywhere)
-        self._frozen, self._batch = frozen, batch
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(everywhere, everywhere))
-        self._step = jitted.lower(self._state, frozen, batch).compile()
-        self.scratch_bytes = self._step.memory_analysis().temp_size_in_bytes
-        self.state_bytes = sum(x.nbytes for x in jax.tree.leaves(self._state))
-
-    def run(self) -> float:
-        """Takes one step and returns its seconds."""
-        start = time.perf_counter()
-        self._state, metrics = self._step(self._state, self._frozen, self._batch)
-        jax.block_until_ready((self._state, metrics))
-        return time.perf_counter() - start
+def _timed_step(
+    experiment: ExperimentConfig,
+    plan: assemble.Plan,
+    frozen: Any,
+    batch: Mapping[str, jax.Array],
+    task_names: Sequence[str],
+) -> TimedStep:
+    """The step as it is trained."""
+    model = Decoder(plan.base.config, experiment.adapter, len(task_names))
+    optimizer, step = _make_step(experiment, model, task_names)
+    everywhere = partitioning.replicated(plan.mesh)
+    state = fresh_state(init_adapter(model, experiment.train.seed), optimizer)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(everywhere, everywhere))
+    return TimedStep(jitted, jax.device_put(state, everywhere), frozen, batch)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The picture of a comparison: each measure of the answers against the trained parameters."""
 
-import io
 from collections.abc import Sequence
 
 import matplotlib
@@ -9,24 +8,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from scripts.compare_table import Interval, Row
+from scripts.figures import FROZEN_COLOR, PALETTE, STYLE, to_png
 
-_DPI = 120
-_PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "os^Dv"
-_STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.7,
-}
 _LABEL_SIZE = 7.5
 # Height of a label, as a share of the axes' height.
 _LABEL_HEIGHT = 0.042
-_FROZEN = "#8a8a8a"
 
 
 def draw(rows: Sequence[Row], split: str) -> bytes:
@@ -34,17 +21,14 @@ def draw(rows: Sequence[Row], split: str) -> bytes:
 
     A method without the measure is left out of its panel; the frozen model is a horizontal line.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         names = list(rows[0].quality)
         figure = Figure(figsize=(5.6 * len(names), 4.6), layout="constrained")
         for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
             _panel(axes, rows, name)
             title = f"{split} loss (nats a target token)" if name == "loss" else name
             axes.set(title=title.replace("_", " "), xlabel="trained parameters")
-        buffer = io.BytesIO()
-        # Without the version of matplotlib in it, equal results give equal files.
-        figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
-        return buffer.getvalue()
+        return to_png(figure)
 
 
 def _panel(axes: Axes, rows: Sequence[Row], name: str) -> None:
@@ -54,16 +38,16 @@ def _panel(axes: Axes, rows: Sequence[Row], name: str) -> None:
         if not isinstance(value, Interval):
             continue
         if row.trained == 0:
-            axes.axhline(value.mean, color=_FROZEN, linestyle="--", linewidth=1)
-            points.append((None, value.mean, row.label, _FROZEN))
+            axes.axhline(value.mean, color=FROZEN_COLOR, linestyle="--", linewidth=1)
+            points.append((None, value.mean, row.label, FROZEN_COLOR))
             continue
-        color = _PALETTE[place % len(_PALETTE)]
+        color = PALETTE[place % len(PALETTE)]
         axes.errorbar(
             row.trained,
             value.mean,
             yerr=value.half or 0,
             color=color,
-            marker=_MARKERS[place // len(_PALETTE) % len(_MARKERS)],
+            marker=_MARKERS[place // len(PALETTE) % len(_MARKERS)],
             markersize=5,
             capsize=2.5,
             elinewidth=1,

@@ -1,6 +1,5 @@
 """Which runs a comparison has and how large each method is: from the command line's options to checked experiments."""
 
-import ast
 import dataclasses
 import inspect
 import re
@@ -12,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from scripts import assemble, compare_budget
+from scripts.arguments import parse_value
 from scripts.compare_budget import BASELINE, BUDGETS, Size
 from scripts.compare_runs import RunSpec, run_directory, seed_major
 from sira_jax.adapters import METHODS, AdapterConfig
@@ -172,14 +172,7 @@ def _apply_sets(
             sized = options.budget == "parameters" or field == "rank"
             check(not sized, "--set", item, f"the budget sets {field}")
         with config.ignore_type():
-            config[field] = _value(text)
-
-
-def _value(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+            config[field] = parse_value(text)
 
 
 def settings_of(options: Options, sizes: Mapping[str, Size]) -> dict[str, Any]:

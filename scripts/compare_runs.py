@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from scripts.run_results import SUMMARY_FILE
 from sira_jax.errors import CheckpointError, ConfigError, DataError
 from sira_jax.files import write_text
 from sira_jax.training import loop
 from sira_jax.training.config import ExperimentConfig, make_experiment
 
 SCRIPTS = Path(__file__).resolve().parent
-SUMMARY_FILE = "summary.json"
 FAILURE_FILE = "failure.json"
 LOG_FILE = "log.txt"
 PLAN_FILE = "plan.json"

@@ -18,11 +18,11 @@ from sira_jax.checkpoints import (
     adapter_file,
     fingerprint,
     load_base_model,
-    read_base_model,
 )
 from sira_jax.errors import CheckpointError, ConfigError, check
+from sira_jax.models import Decoder
 from sira_jax.training import loop, partitioning
-from sira_jax.training.config import ExperimentConfig, MeshConfig
+from sira_jax.training.config import MeshConfig
 
 # What a conversion may have written, and --force may delete.
 _WRITTEN = re.compile(
@@ -131,17 +131,6 @@ class Adapted:
     origin: str
 
 
-class _RunPlan(assemble.Plan):
-    """The plan of a run as far as its base and its adapter go: without data, vocabulary, or the run's own mesh."""
-
-    def __init__(self, experiment: ExperimentConfig, model_path: str):
-        self.experiment, self.model_path = experiment, model_path
-        self.mesh = partitioning.make_mesh(MeshConfig())
-        self._options = dataclasses.asdict(experiment.model)
-        self._options.pop("path")
-        self.base = read_base_model(model_path, **self._options)
-
-
 def load_adapted(source: str, base: str | None, checkpoint: str | None) -> Adapted:
     """The adapter of a run directory or of an adapter folder, with its base.
 
@@ -167,10 +156,12 @@ def load_adapted(source: str, base: str | None, checkpoint: str | None) -> Adapt
     if experiment.adapter is None:
         raise ConfigError(f"RUN_OR_FOLDER={source}: adapter.method='none': there is no adapter")
     base_path = find_model(base, "--base") if base else assemble.find_model(experiment.model.path)
-    plan = _RunPlan(experiment, base_path)
-    loaded = plan.load_base()
+    # Not the run's own mesh: this machine may have other devices.
+    mesh = partitioning.make_mesh(MeshConfig())
+    loaded = assemble.load_base(base_path, experiment.model, mesh)
+    model = Decoder(loaded.config, experiment.adapter)
     params, step = assemble.restore_adapter(
-        plan, plan.model(0), loaded.params, source, checkpoint or "best"
+        experiment, mesh, model, loaded.params, source, checkpoint or "best"
     )
     return Adapted(experiment.adapter, params, loaded, base_path, f"{source}, step {step}")
 

@@ -64,7 +64,9 @@ def evaluate(plan: assemble.Plan, workdir: str | None, checkpoint: str) -> dict:
     model = Decoder(plan.base.config)
     if checkpoint != "none" and plan.experiment.adapter is not None:
         model = plan.model(len(loaded))
-        adapter, step = assemble.restore_adapter(plan, model, frozen, workdir or "", checkpoint)
+        adapter, step = assemble.restore_adapter(
+            plan.experiment, plan.mesh, model, frozen, workdir or "", checkpoint
+        )
     losses, report = plan.loss_evaluator(model, frozen, loaded, evaluation.split).run(adapter)
     scores, records = plan.decode_tasks(model, merge_params(adapter, frozen), loaded, "decode")
     results = {

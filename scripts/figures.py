@@ -1,4 +1,4 @@
-"""The report's figures. Only this module imports matplotlib, and it draws without a display.
+"""The report's figures, and the look that scripts/compare_figure.py shares. Both draw without a display.
 
 Loads are shown as multiples of an even load, so that 1 is even whatever the number of experts.
 
@@ -32,11 +32,11 @@ from scripts.run_results import (
 
 _DPI = 120
 # Okabe and Ito's palette, which colour-blind readers can tell apart; grey is the frozen model's.
-_FROZEN = "#8a8a8a"
-_PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+FROZEN_COLOR = "#8a8a8a"
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
 _LOAD_COLORS = "PuOr_r"
-_STYLE = {
+STYLE = {
     "font.size": 9,
     "axes.titlesize": 9.5,
     "axes.labelsize": 9,
@@ -60,7 +60,7 @@ def draw_all(runs: Sequence[Run]) -> dict[str, bytes]:
     gate_entropy_NAME.png and task_routing_NAME.png for each run with routers (the last where the
     routers' tokens are counted by task).
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figures = {"overview.png": overview(runs)}
         if any(run.metrics for run in runs):
             figures["learning_curves.png"] = learning_curves(runs)
@@ -70,10 +70,11 @@ def draw_all(runs: Sequence[Run]) -> dict[str, bytes]:
             figures[f"expert_load_{run.name}.png"] = expert_load(run)
             figures[f"gate_entropy_{run.name}.png"] = gate_entropy(run)
             figures[f"task_routing_{run.name}.png"] = task_routing(run)
-        return {name: _png(figure) for name, figure in figures.items() if figure}
+        return {name: to_png(figure) for name, figure in figures.items() if figure}
 
 
-def _png(figure: Figure) -> bytes:
+def to_png(figure: Figure) -> bytes:
+    """The file of a figure."""
     buffer = io.BytesIO()
     # Without the version of matplotlib in it, equal results give equal files.
     figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
@@ -87,8 +88,8 @@ def _plain(text: str) -> str:
 
 def _colors(runs: Sequence[Run]) -> dict[str, str]:
     trained = [run.name for run in runs if not run.frozen]
-    colors = {name: _PALETTE[i % len(_PALETTE)] for i, name in enumerate(trained)}
-    return colors | {run.name: _FROZEN for run in runs if run.frozen}
+    colors = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(trained)}
+    return colors | {run.name: FROZEN_COLOR for run in runs if run.frozen}
 
 
 def overview(runs: Sequence[Run]) -> Figure:
@@ -262,7 +263,7 @@ def gate_entropy(run: Run) -> Figure:
     left, right = figure.subplots(1, 2)
     for i, projection in enumerate(projections):
         look = {
-            "color": _PALETTE[i % len(_PALETTE)],
+            "color": PALETTE[i % len(PALETTE)],
             "linestyle": "-" if projection.name.startswith("attention/") else "--",
             "marker": _MARKERS[i % len(_MARKERS)],
             "markersize": 3.5,

@@ -110,7 +110,7 @@ def _answer_with_one() -> Answer:
     if CHECKPOINT.value != "none" and plan.experiment.adapter is not None:
         model = plan.model(0)
         adapter, _ = assemble.restore_adapter(
-            plan, model, frozen, WORKDIR.value or "", CHECKPOINT.value
+            plan.experiment, plan.mesh, model, frozen, WORKDIR.value or "", CHECKPOINT.value
         )
     params = merge_params(adapter, frozen)
 

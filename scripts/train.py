@@ -16,6 +16,7 @@ from ml_collections import config_flags
 
 from scripts import assemble
 from scripts.cli import run_main
+from scripts.run_results import SUMMARY_FILE
 from sira_jax.errors import ConfigError
 from sira_jax.files import write_text
 from sira_jax.training import loop
@@ -27,8 +28,6 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
 TENSORBOARD = flags.DEFINE_bool("tensorboard", True, "Write TensorBoard event files.")
-
-SUMMARY_FILE = "summary.json"
 
 
 def main(argv: list[str]) -> int:

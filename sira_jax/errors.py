@@ -4,6 +4,8 @@ Scripts print that line and exit with status 2 (see `scripts/cli.py`); any other
 stack trace.
 """
 
+import math
+
 
 class SiraError(Exception):
     """Base class of every error a user can cause and mend."""
@@ -31,6 +33,17 @@ class TrainingError(SiraError, RuntimeError):
 
 class MergeError(SiraError, ValueError):
     """The adapter has no equal plain kernel, so it cannot be merged."""
+
+
+def is_whole_number(value: object) -> bool:
+    """Whether a field holds an integer; True and False, which Python counts among them, are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_finite_number(value: object) -> bool:
+    """Whether a field holds a number that is neither infinite nor NaN."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
 
 
 def check(condition: bool, field: str, value: object, allowed: str) -> None:

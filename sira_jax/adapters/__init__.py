@@ -25,7 +25,7 @@ from sira_jax.adapters.rac_lora import RACLoRAConfig
 from sira_jax.adapters.registry import METHODS, make_config
 from sira_jax.adapters.reslora import ResLoRAConfig
 from sira_jax.adapters.sira import SiRAConfig
-from sira_jax.adapters.trees import count_model_parameters, merge, split_trained
+from sira_jax.adapters.trees import count_model_parameters, merge, partition, split_trained
 from sira_jax.adapters.xgblora import XGBLoRAConfig
 
 __all__ = [
@@ -58,5 +58,6 @@ __all__ = [
     "is_trained",
     "make_config",
     "merge",
+    "partition",
     "split_trained",
 ]

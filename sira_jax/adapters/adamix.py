@@ -15,22 +15,20 @@ import jax.numpy as jnp
 
 from sira_jax.adapters.base import (
     ADAPTER,
-    AdapterConfig,
     AdapterFlops,
     SecondPass,
     lora_a_init,
 )
+from sira_jax.adapters.checks import check_count, check_not_negative
 from sira_jax.adapters.context import AdapterContext, Projection
-from sira_jax.adapters.mixture import check_count, check_not_negative
-from sira_jax.adapters.trees import add_to_kernel
+from sira_jax.adapters.low_rank import LowRankConfig, low_rank_term
 from sira_jax.errors import check
-from sira_jax.routing import project
 
 CONSISTENCY_GRADIENTS = ("first", "both")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdaMixConfig(AdapterConfig):
+class AdaMixConfig(LowRankConfig):
     """Fields of AdaMix: those of AdapterConfig, and
 
     Attributes:
@@ -46,7 +44,7 @@ class AdaMixConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "adamix"
-    training_fields: ClassVar[frozenset[str]] = AdapterConfig.training_fields | {
+    training_fields: ClassVar[frozenset[str]] = LowRankConfig.training_fields | {
         "consistency_gradient",
         "consistency_loss_weight",
     }
@@ -87,16 +85,11 @@ class AdaMixConfig(AdapterConfig):
     def make_module(self) -> nn.Module:
         return AdaMix(config=self, name=ADAPTER)
 
-    def average(self, params: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def as_lora(self, params: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """The one pair that evaluation uses: (mean A (..., D, R), mean B (..., R, F)), uniform over the experts [O]."""
         lora_b = params["lora_b"]
         lora_b_RF = lora_b if self.share_b else jnp.mean(lora_b, axis=-3)
         return jnp.mean(params["lora_a"], axis=-3), lora_b_RF
-
-    def merge(self, params: Mapping[str, jax.Array], kernel_DF: jax.Array) -> jax.Array:
-        """W0 + s (mean A) (mean B), summed in float32 and cast back to the kernel's type; leading axes go along."""
-        lora_a_DR, lora_b_RF = self.average(params)
-        return add_to_kernel(kernel_DF, self.scale * (lora_a_DR @ lora_b_RF))
 
     def count_parameters(self, d_in: int, d_out: int) -> int:
         num_b = 1 if self.share_b else self.num_experts
@@ -145,15 +138,14 @@ class AdaMix(nn.Module):
             "lora_b", nn.with_logical_partitioning(nn.initializers.zeros, b_axes), b_shape
         )
         if context.deterministic:
-            lora_a_DR, lora_b_RF = config.average({"lora_a": lora_a_EDR, "lora_b": lora_b})
+            lora_a_DR, lora_b_RF = config.as_lora({"lora_a": lora_a_EDR, "lora_b": lora_b})
         else:
             index_a, index_b = jax.random.randint(self.make_rng("expert_choice"), (2,), 0, experts)
             lora_a_DR = jax.lax.dynamic_index_in_dim(lora_a_EDR, index_a, keepdims=False)
             lora_b_RF = lora_b
             if not config.share_b:
                 lora_b_RF = jax.lax.dynamic_index_in_dim(lora_b, index_b, keepdims=False)
-        x_BTD = nn.Dropout(config.dropout_rate)(x_BTD, deterministic=context.deterministic)
-        h_BTR = project(x_BTD, lora_a_DR.astype(x_BTD.dtype))
-        h_BTR = (h_BTR * config.scale).astype(x_BTD.dtype)
-        delta_BTF = project(h_BTR, lora_b_RF.astype(x_BTD.dtype))
+        delta_BTF = low_rank_term(
+            x_BTD, lora_a_DR, lora_b_RF, config.scale, config.dropout_rate, context
+        )
         return y_BTF + delta_BTF.astype(y_BTF.dtype)

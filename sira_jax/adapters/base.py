@@ -5,7 +5,6 @@ Axis letters: B batch, T length, D features in, F features out, R rank.
 
 import abc
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from sira_jax.adapters.context import AdapterContext, Projection
-from sira_jax.errors import ConfigError, MergeError, check
+from sira_jax.errors import ConfigError, MergeError, check, is_finite_number, is_whole_number
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 # Where they are in a decoder block, which is what patterns match.
@@ -104,11 +103,13 @@ class AdapterConfig(abc.ABC):
         )
         targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
         object.__setattr__(self, "targets", targets)
-        is_int = isinstance(self.rank, int) and not isinstance(self.rank, bool)
+        is_int = is_whole_number(self.rank)
         check(is_int and self.rank >= 1, f"{name}.rank", self.rank, "a whole number of at least 1")
-        check(_is_number(self.alpha) and self.alpha > 0, f"{name}.alpha", self.alpha, "over 0")
         check(
-            _is_number(self.dropout_rate) and 0 <= self.dropout_rate < 1,
+            is_finite_number(self.alpha) and self.alpha > 0, f"{name}.alpha", self.alpha, "over 0"
+        )
+        check(
+            is_finite_number(self.dropout_rate) and 0 <= self.dropout_rate < 1,
             f"{name}.dropout_rate",
             self.dropout_rate,
             "in [0, 1)",
@@ -125,7 +126,7 @@ class AdapterConfig(abc.ABC):
 
     def is_target(self, path: str) -> bool:
         """Whether the projection at `path` ("attention/q") carries an adapter."""
-        return any(_matches(target, path) for target in self.targets)
+        return any(matches(target, path) for target in self.targets)
 
     def for_projection(self, path: str) -> "AdapterConfig | None":
         """The config of the adapter on the projection at `path` ("attention/q"), or None where there is none."""
@@ -133,7 +134,7 @@ class AdapterConfig(abc.ABC):
             return None
         fields: dict[str, Any] = {}
         for pattern, override in self.overrides:
-            if _matches(pattern, path):
+            if matches(pattern, path):
                 fields.update(override)
         return dataclasses.replace(self, overrides=(), **fields)
 
@@ -238,14 +239,9 @@ class AdapterConfig(abc.ABC):
           kernels: the same paths -> kernel, with a leading axis of layers where they are stacked.
         """
         return {
-            path: self.for_projection("/".join(path[-2:])).merge(leaves, kernels[path])
+            path: self.for_projection(projection_name(path)).merge(leaves, kernels[path])
             for path, leaves in adapters.items()
         }
-
-
-def _is_number(value: object) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
 
 
 def _check_pattern(field: str, pattern: object) -> None:
@@ -257,7 +253,13 @@ def _check_pattern(field: str, pattern: object) -> None:
         raise ConfigError(f"{field}={pattern!r} is not allowed: {allowed} ({error})") from None
 
 
-def _matches(pattern: str, path: str) -> bool:
+def projection_name(path: Path) -> str:
+    """The path inside the block, "attention/q", of a module's path in the model: what targets and overrides match."""
+    return "/".join(path[-2:])
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a target or the pattern of an override fits the projection at `path`: by its name or its whole path."""
     return any(re.fullmatch(pattern, name) for name in (path, path.rsplit("/", 1)[-1]))
 
 

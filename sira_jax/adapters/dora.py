@@ -11,14 +11,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sira_jax.adapters.base import ADAPTER, AdapterConfig, AdapterFlops, lora_a_init
+from sira_jax.adapters.base import ADAPTER, AdapterFlops
 from sira_jax.adapters.context import AdapterContext, Projection
+from sira_jax.adapters.low_rank import LowRankConfig, lora_pair, low_rank_term
 from sira_jax.errors import check
-from sira_jax.routing import project
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DoRAConfig(AdapterConfig):
+class DoRAConfig(LowRankConfig):
     """Fields of DoRA: those of AdapterConfig, and
 
     Attributes:
@@ -27,7 +27,7 @@ class DoRAConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "dora"
-    training_fields: ClassVar[frozenset[str]] = AdapterConfig.training_fields | {"norm_gradient"}
+    training_fields: ClassVar[frozenset[str]] = LowRankConfig.training_fields | {"norm_gradient"}
 
     norm_gradient: bool = False
 
@@ -56,6 +56,10 @@ class DoRAConfig(AdapterConfig):
         start_F = jnp.where(has_start_F, start_F, 0.0)
         ratio_F = start_F + params["magnitude_delta"] * jax.lax.rsqrt(adapted_F)
         return jnp.where(has_norm_F, ratio_F, 1.0)
+
+    def as_lora(self, params: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """The pair inside V; the magnitude is apart."""
+        return params["lora_a"], params["lora_b"]
 
     def merge(self, params: Mapping[str, jax.Array], kernel_DF: jax.Array) -> jax.Array:
         """m V / ||V||, computed in float32 and cast back to the kernel's type; leading axes, of layers, go along."""
@@ -103,30 +107,22 @@ class DoRA(nn.Module):
     ) -> jax.Array:
         """x m V / ||V|| + bias, (B, T, F). Dropout acts on the input of the low-rank pair alone [O]."""
         config = self.config
-        d_in, d_out = projection.shape
+        lora_a_DR, lora_b_RF = lora_pair(self, projection.shape, config.rank)
+        magnitude_delta_F = self.param(
+            "magnitude_delta",
+            nn.with_logical_partitioning(nn.initializers.zeros, ("adapter_out",)),
+            projection.shape[1:],
+        )
         params = {
-            "lora_a": self.param(
-                "lora_a",
-                nn.with_logical_partitioning(lora_a_init, ("adapter_in", "rank")),
-                (d_in, config.rank),
-            ),
-            "lora_b": self.param(
-                "lora_b",
-                nn.with_logical_partitioning(nn.initializers.zeros, ("rank", "adapter_out")),
-                (config.rank, d_out),
-            ),
-            "magnitude_delta": self.param(
-                "magnitude_delta",
-                nn.with_logical_partitioning(nn.initializers.zeros, ("adapter_out",)),
-                (d_out,),
-            ),
+            "lora_a": lora_a_DR,
+            "lora_b": lora_b_RF,
+            "magnitude_delta": magnitude_delta_F,
         }
         ratio_F = config.column_ratio(params, projection.kernel_DF)
         y_BTF = projection.product(x_BTD)
-        x_BTD = nn.Dropout(config.dropout_rate)(x_BTD, deterministic=context.deterministic)
-        h_BTR = project(x_BTD, params["lora_a"].astype(x_BTD.dtype))
-        h_BTR = (h_BTR * config.scale).astype(x_BTD.dtype)
-        delta_BTF = project(h_BTR, params["lora_b"].astype(x_BTD.dtype))
+        delta_BTF = low_rank_term(
+            x_BTD, lora_a_DR, lora_b_RF, config.scale, config.dropout_rate, context
+        )
         # In float32: a bfloat16 near 1 has but two or three digits, and the ratio stays near 1.
         scaled_BTF = (y_BTF.astype(jnp.float32) + delta_BTF) * ratio_F
         return projection.add_bias(scaled_BTF.astype(y_BTF.dtype))

@@ -13,17 +13,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sira_jax.adapters.base import ADAPTER, AdapterConfig, AdapterFlops, Path, StepInfo
+from sira_jax.adapters.base import ADAPTER, AdapterFlops, Path, StepInfo
+from sira_jax.adapters.checks import check_between, check_count
 from sira_jax.adapters.context import AdapterContext, Projection
+from sira_jax.adapters.low_rank import LowRankConfig, low_rank_term
 from sira_jax.adapters.trees import (
     STACKED,
-    add_to_kernel,
     by_layer,
     by_projection,
     from_projections,
 )
 from sira_jax.errors import check
-from sira_jax.routing import project
 
 # What a step's end changes; A and B are only read then.
 _STATE = ("component_scale", "buffer_score", "buffer_mask")
@@ -35,7 +35,7 @@ Components = dict[str, dict[str, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DynamicDoRAConfig(AdapterConfig):
+class DynamicDoRAConfig(LowRankConfig):
     """Fields of dynamic-rank DoRA: those of AdapterConfig, and
 
     `rank` is how many components a projection keeps on average; s = alpha / rank [C]. The official code divides alpha by the
@@ -53,7 +53,7 @@ class DynamicDoRAConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "dynamic_dora"
-    training_fields: ClassVar[frozenset[str]] = AdapterConfig.training_fields | {
+    training_fields: ClassVar[frozenset[str]] = LowRankConfig.training_fields | {
         *_WHOLE_MODEL,
         "variance_penalty_weight",
     }
@@ -66,21 +66,19 @@ class DynamicDoRAConfig(AdapterConfig):
     variance_penalty_weight: float = 0.1
 
     def __post_init__(self):
-        _check_number("start_rank_factor", self.start_rank_factor, 1.0, math.inf)
-        _check_number("score_decay", self.score_decay, 0.0, 1.0)
+        check_between("start_rank_factor", self.start_rank_factor, 1.0)
+        check_between("score_decay", self.score_decay, 0.0, 1.0)
         check(self.score_decay < 1, "adapter.score_decay", self.score_decay, "under 1")
-        _check_number("prune_start", self.prune_start, 0.0, 1.0)
-        _check_number("prune_end", self.prune_end, 0.0, 1.0)
+        check_between("prune_start", self.prune_start, 0.0, 1.0)
+        check_between("prune_end", self.prune_end, 0.0, 1.0)
         check(
             self.prune_start < self.prune_end,
             "adapter.prune_end",
             self.prune_end,
             f"over prune_start={self.prune_start}",
         )
-        every = self.prune_every
-        is_count = isinstance(every, int) and not isinstance(every, bool) and every >= 1
-        check(is_count, "adapter.prune_every", every, "a whole number of at least 1")
-        _check_number("variance_penalty_weight", self.variance_penalty_weight, 0.0, math.inf)
+        check_count("prune_every", self.prune_every)
+        check_between("variance_penalty_weight", self.variance_penalty_weight, 0.0)
         super().__post_init__()
         for pattern, fields in self.overrides:
             for name, value in fields:
@@ -107,11 +105,6 @@ class DynamicDoRAConfig(AdapterConfig):
         """The pair a (D, R), b (R, F) with delta = scale * a @ b: c * mask in b. Leading axes, of layers, go along."""
         scale_R = params["component_scale"] * params["buffer_mask"]
         return params["lora_a"], scale_R[..., None] * params["lora_b"]
-
-    def merge(self, params: Mapping[str, jax.Array], kernel_DF: jax.Array) -> jax.Array:
-        """W0 + s A diag(c * mask) B, summed in float32 and cast back to the kernel's type; leading axes go along."""
-        a_DR, b_RF = self.as_lora(params)
-        return add_to_kernel(kernel_DF, self.scale * (a_DR @ b_RF))
 
     def count_parameters(self, d_in: int, d_out: int) -> int:
         return self.start_rank * (d_in + d_out + 1)
@@ -188,13 +181,6 @@ def component_shares(a_DR: jax.Array, b_RF: jax.Array, scale_R: jax.Array) -> ja
 def variance_penalty(a_DR: jax.Array, b_RF: jax.Array) -> jax.Array:
     """Mean over the 2 R vectors A_i and B_i of the variance of a vector's elements, with Bessel's correction [O]."""
     return 0.5 * (jnp.mean(jnp.var(a_DR, axis=0, ddof=1)) + jnp.mean(jnp.var(b_RF, axis=1, ddof=1)))
-
-
-def _check_number(field: str, value: object, least: float, most: float) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    is_allowed = is_number and math.isfinite(value) and least <= value <= most
-    allowed = f"a number from {least:g} to {most:g}" if most < math.inf else f"{least:g} or more"
-    check(is_allowed, f"adapter.{field}", value, allowed)
 
 
 def _stack_layers(leaves: Mapping[Path, Mapping[str, jax.Array]]) -> Components:
@@ -283,8 +269,6 @@ class DynamicDoRA(nn.Module):
                 context.progress < config.prune_end, variance_penalty(a_DR, b_RF), 0
             )
             self.sow("losses", "variance", weight * penalty)
-        x_BTD = nn.Dropout(config.dropout_rate)(x_BTD, deterministic=context.deterministic)
-        h_BTR = project(x_BTD, a_DR.astype(x_BTD.dtype))
-        h_BTR = (h_BTR * (config.scale * c_R * mask_R)).astype(x_BTD.dtype)
-        delta_BTF = project(h_BTR, b_RF.astype(x_BTD.dtype))
+        scale_R = config.scale * c_R * mask_R
+        delta_BTF = low_rank_term(x_BTD, a_DR, b_RF, scale_R, config.dropout_rate, context)
         return y_BTF + delta_BTF.astype(y_BTF.dtype)

@@ -12,8 +12,10 @@ import jax
 
 from sira_jax.adapters import mixture
 from sira_jax.adapters.base import ADAPTER, lora_a_init
+from sira_jax.adapters.checks import check_count, check_not_negative
 from sira_jax.adapters.context import AdapterContext, Projection
-from sira_jax.routing import project
+from sira_jax.adapters.low_rank import expert_b
+from sira_jax.routing import gated_sum, join_ranks, project
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,9 +37,9 @@ class MALoRAConfig(mixture.MixtureConfig):
     p_init_std: float | None = None
 
     def __post_init__(self):
-        mixture.check_count("shared_dim", self.shared_dim)
+        check_count("shared_dim", self.shared_dim)
         if self.p_init_std is not None:
-            mixture.check_not_negative("p_init_std", self.p_init_std)
+            check_not_negative("p_init_std", self.p_init_std)
         super().__post_init__()
 
     def make_module(self) -> nn.Module:
@@ -67,26 +69,21 @@ class MALoRA(nn.Module):
     ) -> jax.Array:
         """The frozen projection's output (B, T, F) plus the mixture of the experts' outputs."""
         config = self.config
-        d_in, d_out = projection.shape
         y_BTF = projection(x_BTD)
         p_std = config.shared_dim**-0.5 if config.p_init_std is None else config.p_init_std
         shared_a_DJ = self.param(
             "shared_a",
             nn.with_logical_partitioning(lora_a_init, ("adapter_in", "rank")),
-            (d_in, config.shared_dim),
+            (projection.shape[0], config.shared_dim),
         )
         expert_p_EJR = self.param(
             "expert_p",
             nn.with_logical_partitioning(nn.initializers.normal(p_std), ("expert", None, "rank")),
             (config.num_experts, config.shared_dim, config.rank),
         )
-        lora_b_ERF = self.param(
-            "lora_b",
-            nn.with_logical_partitioning(nn.initializers.zeros, ("expert", "rank", "adapter_out")),
-            (config.num_experts, config.rank, d_out),
-        )
+        lora_b_ERF = expert_b(self, projection.shape, config.num_experts, config.rank)
         shared_BTJ, gate = mixture.route_and_project(self, x_BTD, shared_a_DJ, config, context)
-        expert_p_JM = mixture.join_experts(expert_p_EJR).astype(x_BTD.dtype)
+        expert_p_JM = join_ranks(expert_p_EJR).astype(x_BTD.dtype)
         hidden_BTM = project(shared_BTJ.astype(x_BTD.dtype), expert_p_JM)
-        delta_BTF = mixture.gated_sum(hidden_BTM, gate, lora_b_ERF, config.scale, x_BTD.dtype)
+        delta_BTF = gated_sum(hidden_BTM, gate.gates_BTE * config.scale, lora_b_ERF, x_BTD.dtype)
         return y_BTF + delta_BTF.astype(y_BTF.dtype)

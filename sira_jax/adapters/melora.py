@@ -11,15 +11,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sira_jax.adapters.base import ADAPTER, AdapterConfig, AdapterFlops, lora_a_init
+from sira_jax.adapters.base import ADAPTER, AdapterFlops, lora_a_init
+from sira_jax.adapters.checks import check_count
 from sira_jax.adapters.context import AdapterContext, Projection
-from sira_jax.adapters.trees import add_to_kernel
+from sira_jax.adapters.low_rank import LowRankConfig, low_rank_term
 from sira_jax.errors import check
-from sira_jax.routing import project
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MELoRAConfig(AdapterConfig):
+class MELoRAConfig(LowRankConfig):
     """Fields of MELoRA: those of AdapterConfig (`rank` is a mini LoRA's, and s = alpha / rank is each one's scale [O]), and
 
     Attributes:
@@ -31,9 +31,7 @@ class MELoRAConfig(AdapterConfig):
     num_blocks: int = 2
 
     def __post_init__(self):
-        count = self.num_blocks
-        is_count = isinstance(count, int) and not isinstance(count, bool) and count >= 1
-        check(is_count, "adapter.num_blocks", count, "a whole number of at least 1")
+        check_count("num_blocks", self.num_blocks)
         super().__post_init__()
 
     def make_module(self) -> nn.Module:
@@ -45,11 +43,6 @@ class MELoRAConfig(AdapterConfig):
         Leading axes, of layers, go along.
         """
         return _block_diagonal(params["lora_a"]), _block_diagonal(params["lora_b"])
-
-    def merge(self, params: Mapping[str, jax.Array], kernel_DF: jax.Array) -> jax.Array:
-        """W0 + s blocks of A_i B_i, summed in float32 and cast back to the kernel's type; leading axes go along."""
-        a_DM, b_MF = self.as_lora(params)
-        return add_to_kernel(kernel_DF, self.scale * (a_DM @ b_MF))
 
     def count_parameters(self, d_in: int, d_out: int) -> int:
         return self.rank * (d_in + d_out)
@@ -105,8 +98,5 @@ class MELoRA(nn.Module):
         # Block-diagonal factors rather than n products: at the ranks the method is for, the passes over the tokens cost
         # more than the products with zeros, and a product batched over the blocks has to move the tokens' axis.
         a_DM, b_MF = config.as_lora(params)
-        x_BTD = nn.Dropout(config.dropout_rate)(x_BTD, deterministic=context.deterministic)
-        h_BTM = project(x_BTD, a_DM.astype(x_BTD.dtype))
-        h_BTM = (h_BTM * config.scale).astype(x_BTD.dtype)
-        delta_BTF = project(h_BTM, b_MF.astype(x_BTD.dtype))
+        delta_BTF = low_rank_term(x_BTD, a_DM, b_MF, config.scale, config.dropout_rate, context)
         return y_BTF + delta_BTF.astype(y_BTF.dtype)

@@ -20,17 +20,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sira_jax.adapters.base import AdapterConfig, Path, StepInfo
+from sira_jax.adapters.base import AdapterConfig, Path, StepInfo, projection_name
+from sira_jax.adapters.checks import check_count
 from sira_jax.adapters.context import Projection
-from sira_jax.adapters.mixture import check_count
+from sira_jax.adapters.low_rank import add_to_kernel
 from sira_jax.adapters.trees import (
     STACKED,
-    add_to_kernel,
     by_layer,
     by_projection,
     from_projections,
     map_stacked,
-    projection_name,
 )
 from sira_jax.errors import check
 

@@ -20,10 +20,10 @@ from sira_jax.adapters.base import (
     AdapterConfig,
     AdapterFlops,
     Path,
-    lora_a_init,
 )
+from sira_jax.adapters.checks import check_count, check_not_negative
 from sira_jax.adapters.context import AdapterContext, Projection
-from sira_jax.adapters.mixture import check_count, check_not_negative
+from sira_jax.adapters.low_rank import lora_pair
 from sira_jax.errors import MergeError, check
 
 POOLINGS = ("attention", "mean", "max", "last")
@@ -331,18 +331,8 @@ class MiLoRA(nn.Module):
     ) -> jax.Array:
         """The frozen projection's output (B, T, F) plus the gated low-rank term."""
         config = self.config
-        d_in, d_out = projection.shape
         y_BTF = projection(x_BTD)
-        lora_a_DR = self.param(
-            "lora_a",
-            nn.with_logical_partitioning(lora_a_init, ("adapter_in", "rank")),
-            (d_in, config.rank),
-        )
-        lora_b_RF = self.param(
-            "lora_b",
-            nn.with_logical_partitioning(nn.initializers.zeros, ("rank", "adapter_out")),
-            (config.rank, d_out),
-        )
+        lora_a_DR, lora_b_RF = lora_pair(self, projection.shape, config.rank)
         x_BTD = nn.Dropout(config.dropout_rate)(x_BTD, deterministic=context.deterministic)
         hidden_BTR = config.scale * routing.project(x_BTD, lora_a_DR.astype(x_BTD.dtype))
         if context.block is not None:

@@ -7,7 +7,6 @@ Axis letters: B batch, T length, D features in, F features out, E experts, R ran
 
 import abc
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -18,8 +17,9 @@ from flax import struct
 
 from sira_jax import routing
 from sira_jax.adapters.base import AdapterConfig, AdapterFlops
+from sira_jax.adapters.checks import check_count, check_not_negative
 from sira_jax.adapters.context import AdapterContext
-from sira_jax.errors import MergeError, check
+from sira_jax.errors import MergeError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,20 +94,6 @@ class MixtureConfig(AdapterConfig):
         )
 
 
-def check_count(field: str, value: object, most: int | None = None) -> None:
-    """Raises ConfigError naming adapter.`field` unless `value` is a whole number from 1 (to `most`)."""
-    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    allowed = "a whole number of at least 1" + (f" and at most {most}" if most else "")
-    check(is_count and (most is None or value <= most), f"adapter.{field}", value, allowed)
-
-
-def check_not_negative(field: str, value: object) -> None:
-    """Raises ConfigError naming adapter.`field` unless `value` is a finite number of at least 0."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    is_allowed = is_number and math.isfinite(value) and value >= 0
-    check(is_allowed, f"adapter.{field}", value, "a finite number, 0 or more")
-
-
 @struct.dataclass
 class Gate:
     """How a router weighs the experts. Rows of padding are 0 or False throughout.
@@ -172,31 +158,23 @@ def mixture_stats(
       num_tasks: Z, static.
     """
     gate = jax.lax.stop_gradient(gate)
-    probs_BTE, valid_BT = gate.probs_BTE, gate.valid_BT.astype(jnp.float32)
-    tokens = jnp.sum(valid_BT)
+    probs_BTE = gate.probs_BTE
     if gate.selected_BTE is None:
         pairs_BTE = probs_BTE * probs_BTE.shape[-1]
-        selected_pairs = tokens * probs_BTE.shape[-1]
+        selected_pairs = jnp.sum(gate.valid_BT, dtype=jnp.float32) * probs_BTE.shape[-1]
     else:
         total_BT1 = jnp.sum(gate.gates_BTE, axis=-1, keepdims=True)
         count_BT1 = jnp.sum(gate.selected_BTE, axis=-1, keepdims=True, dtype=jnp.float32)
         pairs_BTE = gate.gates_BTE * count_BT1 / jnp.where(total_BT1 == 0, 1.0, total_BT1)
         selected_pairs = jnp.sum(count_BT1)
-    entropy_BT = jnp.sum(jax.scipy.special.entr(probs_BTE), axis=-1)
-    if num_tasks:
-        task_BTZ = jax.nn.one_hot(task_ids_BT, num_tasks) * valid_BT[..., None]
-    else:
-        task_BTZ = jnp.zeros((*valid_BT.shape, 0))
-    return routing.RouterStats(
-        tokens=tokens,
+    return routing.sum_stats(
+        probs_BTE,
+        gate.valid_BT,
+        pairs_BTE,
         selected_pairs=selected_pairs,
         dropped_pairs=jnp.float32(0),
-        kept_pairs_E=jnp.sum(pairs_BTE, axis=(0, 1)),
-        entropy_sum=jnp.sum(entropy_BT),
-        confidence_sum=jnp.sum(jnp.max(probs_BTE, axis=-1)),
-        task_tokens_Z=jnp.sum(task_BTZ, axis=(0, 1)),
-        task_kept_pairs_ZE=jnp.einsum("btz,bte->ze", task_BTZ, pairs_BTE, precision="highest"),
-        task_entropy_sum_Z=jnp.einsum("btz,bt->z", task_BTZ, entropy_BT, precision="highest"),
+        task_ids_GS=task_ids_BT,
+        num_tasks=num_tasks,
     )
 
 
@@ -226,42 +204,13 @@ def route_and_project(
     if drops:
         dropped_BTD = nn.Dropout(config.dropout_rate)(x_BTD, deterministic=False)
     if x_BTD.dtype == jnp.float32 and not drops:
-        joined_DM = jnp.concatenate([weights_DM, router_DE], axis=1)
-        joined_BTM = routing.project(x_BTD, joined_DM, precision=jax.lax.Precision.HIGHEST)
-        hidden_BTM, logits_BTE = jnp.split(joined_BTM, [weights_DM.shape[1]], axis=-1)
+        hidden_BTM, logits_BTE = routing.project_with_router(x_BTD, weights_DM, router_DE)
     else:
         hidden_BTM = routing.project(dropped_BTD, weights_DM.astype(x_BTD.dtype))
         logits_BTE = routing.router_logits(x_BTD, router_DE)
     gate = _gate_and_sow(module, logits_BTE, config, context)
     # Large padding may overflow here, and inf * 0 is not 0.
     return jnp.where(gate.valid_BT[..., None], hidden_BTM, 0.0), gate
-
-
-def join_experts(kernels_EDR: jax.Array) -> jax.Array:
-    """The experts' kernels side by side, (D, M)."""
-    experts, d_in, rank = kernels_EDR.shape
-    return kernels_EDR.transpose(1, 0, 2).reshape(d_in, experts * rank)
-
-
-def gated_sum(
-    hidden_BTM: jax.Array, gate: Gate, lora_b_ERF: jax.Array, scale: float, dtype: jnp.dtype
-) -> jax.Array:
-    """sum over e of scale * gate_e * B_e h_e, (B, T, F) in `dtype`, as one product with all experts' B.
-
-    Args:
-      hidden_BTM: h, float32, the experts side by side.
-      gate: the gate.
-      lora_b_ERF: the experts' B.
-      scale: s.
-      dtype: of the product's operands and its result.
-    """
-    experts, rank, d_out = lora_b_ERF.shape
-    hidden_BTER = hidden_BTM.reshape(*hidden_BTM.shape[:2], experts, rank)
-    # The gates are the smallest array to multiply by the scale.
-    gated_BTER = hidden_BTER * (gate.gates_BTE * scale)[..., None]
-    gated_BTM = gated_BTER.reshape(hidden_BTM.shape).astype(dtype)
-    lora_b_MF = lora_b_ERF.reshape(experts * rank, d_out)
-    return routing.project(gated_BTM, lora_b_MF.astype(dtype)).astype(dtype)
 
 
 def _router(module: nn.Module, d_in: int, config: MixtureConfig) -> jax.Array:

@@ -11,7 +11,10 @@ import jax
 
 from sira_jax.adapters import mixture
 from sira_jax.adapters.base import ADAPTER
+from sira_jax.adapters.checks import check_not_negative
 from sira_jax.adapters.context import AdapterContext, Projection
+from sira_jax.adapters.low_rank import expert_pairs
+from sira_jax.routing import gated_sum, join_ranks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +33,7 @@ class MoLoRAConfig(mixture.MixtureConfig):
     a_init_std: float = 0.02
 
     def __post_init__(self):
-        mixture.check_not_negative("a_init_std", self.a_init_std)
+        check_not_negative("a_init_std", self.a_init_std)
         super().__post_init__()
 
     def make_module(self) -> nn.Module:
@@ -54,22 +57,13 @@ class MoLoRA(nn.Module):
     ) -> jax.Array:
         """The frozen projection's output (B, T, F) plus the mixture of the experts' outputs."""
         config = self.config
-        d_in, d_out = projection.shape
         y_BTF = projection(x_BTD)
-        lora_a_EDR = self.param(
-            "lora_a",
-            nn.with_logical_partitioning(
-                nn.initializers.normal(config.a_init_std), ("expert", "adapter_in", "rank")
-            ),
-            (config.num_experts, d_in, config.rank),
-        )
-        lora_b_ERF = self.param(
-            "lora_b",
-            nn.with_logical_partitioning(nn.initializers.zeros, ("expert", "rank", "adapter_out")),
-            (config.num_experts, config.rank, d_out),
+        a_init = nn.initializers.normal(config.a_init_std)
+        lora_a_EDR, lora_b_ERF = expert_pairs(
+            self, projection.shape, config.num_experts, config.rank, a_init
         )
         hidden_BTM, gate = mixture.route_and_project(
-            self, x_BTD, mixture.join_experts(lora_a_EDR), config, context
+            self, x_BTD, join_ranks(lora_a_EDR), config, context
         )
-        delta_BTF = mixture.gated_sum(hidden_BTM, gate, lora_b_ERF, config.scale, x_BTD.dtype)
+        delta_BTF = gated_sum(hidden_BTM, gate.gates_BTE * config.scale, lora_b_ERF, x_BTD.dtype)
         return y_BTF + delta_BTF.astype(y_BTF.dtype)

@@ -4,7 +4,6 @@ Axis letters: B batch, T length, D features in, F features out, N branches, R ra
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -12,15 +11,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sira_jax.adapters.base import ADAPTER, AdapterConfig, AdapterFlops
+from sira_jax.adapters.base import ADAPTER, AdapterFlops
+from sira_jax.adapters.checks import check_count
 from sira_jax.adapters.context import AdapterContext, Projection
-from sira_jax.adapters.trees import add_to_kernel
-from sira_jax.errors import check
-from sira_jax.routing import project
+from sira_jax.adapters.low_rank import LowRankConfig, low_rank_term
+from sira_jax.errors import check, is_finite_number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MultiLoRAConfig(AdapterConfig):
+class MultiLoRAConfig(LowRankConfig):
     """Fields of MultiLoRA: those of AdapterConfig (`rank` is a branch's; s = alpha / rank applies to each branch [C]), and
 
     Attributes:
@@ -30,18 +29,15 @@ class MultiLoRAConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "multilora"
-    training_fields: ClassVar[frozenset[str]] = AdapterConfig.training_fields | {"init_scale"}
+    training_fields: ClassVar[frozenset[str]] = LowRankConfig.training_fields | {"init_scale"}
 
     num_branches: int = 2
     init_scale: float = 1.0
 
     def __post_init__(self):
-        count, init_scale = self.num_branches, self.init_scale
-        is_count = isinstance(count, int) and not isinstance(count, bool) and count >= 1
-        check(is_count, "adapter.num_branches", count, "a whole number of at least 1")
-        is_number = isinstance(init_scale, int | float) and not isinstance(init_scale, bool)
-        is_allowed = is_number and math.isfinite(init_scale) and init_scale > 0
-        check(is_allowed, "adapter.init_scale", init_scale, "a finite number over 0")
+        check_count("num_branches", self.num_branches)
+        is_allowed = is_finite_number(self.init_scale) and self.init_scale > 0
+        check(is_allowed, "adapter.init_scale", self.init_scale, "a finite number over 0")
         super().__post_init__()
 
     @property
@@ -61,11 +57,6 @@ class MultiLoRAConfig(AdapterConfig):
         a_DM = jnp.swapaxes(a_NDR, -3, -2).reshape(*layers, d_in, branches * rank)
         scaled_NRF = b_NRF * scale_NF[..., None, :]
         return a_DM, scaled_NRF.reshape(*layers, branches * rank, b_NRF.shape[-1])
-
-    def merge(self, params: Mapping[str, jax.Array], kernel_DF: jax.Array) -> jax.Array:
-        """W0 + s sum of A_i B_i diag(c_i), summed in float32 and cast back to the kernel's type; leading axes go along."""
-        a_DM, b_MF = self.as_lora(params)
-        return add_to_kernel(kernel_DF, self.scale * (a_DM @ b_MF))
 
     def count_parameters(self, d_in: int, d_out: int) -> int:
         return self.num_branches * (self.rank * (d_in + d_out) + d_out)
@@ -108,10 +99,7 @@ class MultiLoRA(nn.Module):
         }
         # The scales act on B and not on the branches' outputs, so that all branches are one product.
         a_DM, b_MF = config.as_lora(params)
-        x_BTD = nn.Dropout(config.dropout_rate)(x_BTD, deterministic=context.deterministic)
-        h_BTM = project(x_BTD, a_DM.astype(x_BTD.dtype))
-        h_BTM = (h_BTM * config.scale).astype(x_BTD.dtype)
-        delta_BTF = project(h_BTM, b_MF.astype(x_BTD.dtype))
+        delta_BTF = low_rank_term(x_BTD, a_DM, b_MF, config.scale, config.dropout_rate, context)
         return y_BTF + delta_BTF.astype(y_BTF.dtype)
 
     def _uniform(

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 from sira_jax.adapters.base import ADAPTER, AdapterFlops
 from sira_jax.adapters.context import AdapterContext, Projection
+from sira_jax.adapters.low_rank import low_rank_term
 from sira_jax.adapters.merging_chain import Leaves, MergingChainConfig, project_with_sum
 from sira_jax.errors import check
-from sira_jax.routing import project
 
 SKETCHES = ("left", "right")
 SKETCH_INITS = ("gaussian", "kaiming_uniform")
@@ -115,8 +115,7 @@ class RACLoRA(nn.Module):
             nn.with_logical_partitioning(init_b, ("rank", "adapter_out")),
             (config.rank, d_out),
         )
-        x_BTD = nn.Dropout(config.dropout_rate)(x_BTD, deterministic=context.deterministic)
-        h_BTR = project(x_BTD, lora_a_DR.astype(x_BTD.dtype))
-        h_BTR = (h_BTR * config.scale).astype(x_BTD.dtype)
-        delta_BTF = project(h_BTR, lora_b_RF.astype(x_BTD.dtype))
+        delta_BTF = low_rank_term(
+            x_BTD, lora_a_DR, lora_b_RF, config.scale, config.dropout_rate, context
+        )
         return y_BTF + delta_BTF.astype(y_BTF.dtype)

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sira_jax.adapters.base import ADAPTER, AdapterConfig, AdapterFlops, Path, lora_a_init
+from sira_jax.adapters.base import ADAPTER, AdapterConfig, AdapterFlops, Path
+from sira_jax.adapters.checks import check_count
 from sira_jax.adapters.context import AdapterContext, Projection
-from sira_jax.adapters.mixture import check_count
-from sira_jax.adapters.trees import add_to_kernel, by_layer, replace_kernels
+from sira_jax.adapters.low_rank import add_to_kernel, lora_pair
+from sira_jax.adapters.trees import by_layer, replace_kernels
 from sira_jax.errors import MergeError, check
 from sira_jax.routing import project
 
@@ -243,18 +244,8 @@ class ResLoRA(nn.Module):
     ) -> jax.Array:
         """The frozen projection's output (B, T, F) plus the low-rank terms."""
         config, rank = self.config, self.config.rank
-        d_in, d_out = projection.shape
         y_BTF = projection(x_BTD)
-        lora_a_DR = self.param(
-            "lora_a",
-            nn.with_logical_partitioning(lora_a_init, ("adapter_in", "rank")),
-            (d_in, rank),
-        )
-        lora_b_RF = self.param(
-            "lora_b",
-            nn.with_logical_partitioning(nn.initializers.zeros, ("rank", "adapter_out")),
-            (rank, d_out),
-        )
+        lora_a_DR, lora_b_RF = lora_pair(self, projection.shape, rank)
         dropout = nn.Dropout(config.dropout_rate, deterministic=context.deterministic)
         previous = None if context.link is None else context.link.previous[projection.path]
         carry: dict[str, jax.Array] = {}

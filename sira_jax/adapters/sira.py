@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from sira_jax import routing
 from sira_jax.adapters.base import ADAPTER, AdapterConfig, AdapterFlops, lora_a_init
 from sira_jax.adapters.context import AdapterContext, Projection
+from sira_jax.adapters.low_rank import expert_pairs
 from sira_jax.errors import MergeError, check
 
 ROUTER_REGULARIZERS = ("load_balance", "expert_dropout", "smoe_dropout", "none")
@@ -139,7 +140,6 @@ class SiRA(nn.Module):
     ) -> jax.Array:
         """The frozen projection's output (B, T, F) plus the experts' mixture."""
         config = self.config.regularized()
-        d_in, d_out = projection.shape
         y_BTF = projection(x_BTD)
         experts, rank = config.num_experts, config.rank
         router_DE = self.param(
@@ -147,18 +147,9 @@ class SiRA(nn.Module):
             nn.with_logical_partitioning(
                 nn.initializers.normal(config.router_init_std), ("adapter_in", "expert")
             ),
-            (d_in, experts),
+            (projection.shape[0], experts),
         )
-        lora_a_EDR = self.param(
-            "lora_a",
-            nn.with_logical_partitioning(lora_a_init, ("expert", "adapter_in", "rank")),
-            (experts, d_in, rank),
-        )
-        lora_b_ERF = self.param(
-            "lora_b",
-            nn.with_logical_partitioning(nn.initializers.zeros, ("expert", "rank", "adapter_out")),
-            (experts, rank, d_out),
-        )
+        lora_a_EDR, lora_b_ERF = expert_pairs(self, projection.shape, experts, rank, lora_a_init)
         valid_BT = context.valid_or_all(x_BTD.shape[:2])
         x_GSD, valid_GS = routing.group_tokens(x_BTD, valid_BT, config.group_size)
         training = not context.deterministic

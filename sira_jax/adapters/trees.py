@@ -8,20 +8,33 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import traverse_util
 
-from sira_jax.adapters.base import ADAPTER, AdapterConfig, Path, is_adapter, is_trained
+from sira_jax.adapters.base import (
+    ADAPTER,
+    AdapterConfig,
+    Path,
+    is_adapter,
+    is_trained,
+    projection_name,
+)
 
 STACKED = "layers"
 
 
+def partition(
+    tree: Mapping[str, Any], belongs: Callable[[Path], bool]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two trees: the leaves whose path `belongs`, and the others."""
+    flat = traverse_util.flatten_dict(tree)
+    first = {path: leaf for path, leaf in flat.items() if belongs(path)}
+    rest = {path: leaf for path, leaf in flat.items() if path not in first}
+    return traverse_util.unflatten_dict(first), traverse_util.unflatten_dict(rest)
+
+
 def split_trained(adapter: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits an adapter tree into (trained parameters, buffers)."""
-    flat = traverse_util.flatten_dict(adapter)
-    trained = {path: leaf for path, leaf in flat.items() if is_trained(path)}
-    buffers = {path: leaf for path, leaf in flat.items() if not is_trained(path)}
-    return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(buffers)
+    return partition(adapter, is_trained)
 
 
 def by_projection(adapter: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:
@@ -41,11 +54,6 @@ def from_projections(adapters: Mapping[Path, Mapping[str, Any]]) -> dict[str, An
         for inner, leaf in traverse_util.flatten_dict(leaves).items()
     }
     return traverse_util.unflatten_dict(flat)
-
-
-def projection_name(path: Path) -> str:
-    """The path inside the block, "attention/q", which targets and overrides match."""
-    return "/".join(path[-2:])
 
 
 def by_layer(leaves: Mapping[Path, Any]) -> dict[str, list[tuple[Path, int | None]]]:
@@ -95,11 +103,6 @@ def replace_kernels(
     merged = merge_tree(adapters, kernels)
     flat |= {(*path, "kernel"): kernel for path, kernel in merged.items()}
     return traverse_util.unflatten_dict(flat)
-
-
-def add_to_kernel(kernel_DF: jax.Array, delta_DF: jax.Array) -> jax.Array:
-    """W0 + delta, summed in float32 and cast back to the kernel's type."""
-    return (kernel_DF.astype(jnp.float32) + delta_DF).astype(kernel_DF.dtype)
 
 
 def count_model_parameters(

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from sira_jax.adapters.base import ADAPTER, AdapterFlops, lora_a_init
+from sira_jax.adapters.checks import check_count, check_not_negative
 from sira_jax.adapters.context import AdapterContext, Projection
+from sira_jax.adapters.low_rank import lora_pair, low_rank_term
 from sira_jax.adapters.merging_chain import Leaves, MergingChainConfig, project_with_sum
-from sira_jax.adapters.mixture import check_count, check_not_negative
 from sira_jax.errors import check
-from sira_jax.routing import project
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,25 +104,14 @@ class XGBLoRA(nn.Module):
     ) -> jax.Array:
         """The merged projection's output (B, T, F) plus the stage's low-rank term."""
         config = self.config
-        d_in, d_out = projection.shape
         y_BTF = project_with_sum(self, x_BTD, projection)
-        lora_a_DR = self.param(
-            "lora_a",
-            nn.with_logical_partitioning(lora_a_init, ("adapter_in", "rank")),
-            (d_in, config.rank),
-        )
-        lora_b_RF = self.param(
-            "lora_b",
-            nn.with_logical_partitioning(nn.initializers.zeros, ("rank", "adapter_out")),
-            (config.rank, d_out),
-        )
+        lora_a_DR, lora_b_RF = lora_pair(self, projection.shape, config.rank)
         active = self.param(
             "buffer_active", nn.with_logical_partitioning(nn.initializers.ones, ()), ()
         )
-        x_BTD = nn.Dropout(config.dropout_rate)(x_BTD, deterministic=context.deterministic)
-        h_BTR = project(x_BTD, lora_a_DR.astype(x_BTD.dtype))
-        h_BTR = (h_BTR * (config.scale * active)).astype(x_BTD.dtype)
-        delta_BTF = project(h_BTR, lora_b_RF.astype(x_BTD.dtype))
+        delta_BTF = low_rank_term(
+            x_BTD, lora_a_DR, lora_b_RF, config.scale * active, config.dropout_rate, context
+        )
         if config.norm_penalty_weight:
             # ||A B||^2 = <A^T A, B B^T>, without the (D, F) product.
             squared = jnp.sum((lora_a_DR.T @ lora_a_DR) * (lora_b_RF @ lora_b_RF.T))

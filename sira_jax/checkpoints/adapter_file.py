@@ -15,15 +15,15 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from sira_jax.adapters.base import ADAPTER, AdapterConfig, Path, is_adapter
+from sira_jax.adapters.base import ADAPTER, AdapterConfig, Path
 from sira_jax.adapters.registry import make_config
 from sira_jax.adapters.trees import STACKED
+from sira_jax.checkpoints import layout
 from sira_jax.checkpoints.safetensors import (
     DTYPES,
     SafetensorsFile,
@@ -35,6 +35,7 @@ from sira_jax.errors import CheckpointError, ConfigError, ModelFileError
 from sira_jax.files import write_text
 from sira_jax.models import Decoder, DecoderConfig
 from sira_jax.models.config import DTYPES as MODEL_DTYPES
+from sira_jax.models.decoder import fresh_adapter
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -46,6 +47,7 @@ _FIELDS = ("type", "version", "adapter", "base")
 _BASE_FIELDS = ("fingerprint", "param_dtype", *SIZES)
 _PICKLE = "adapter_model.bin"
 _LISTED = 3  # tensors named in one message
+differences = functools.partial(layout.differences, most=_LISTED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,19 +104,7 @@ def abstract_adapter(config: AdapterConfig, model_config: DecoderConfig) -> dict
       ConfigError: if the adapter's targets match no projection.
     """
     model = Decoder(model_config, config)
-
-    def init(key):
-        tokens = {"decoder_input_tokens": jnp.zeros((1, 2), jnp.int32)}
-        flat = traverse_util.flatten_dict(nn.unbox(model.init(key, tokens)["params"]))
-        adapter = {path: leaf for path, leaf in flat.items() if is_adapter(path)}
-        return config.initialise(traverse_util.unflatten_dict(adapter), key)
-
-    tree = jax.eval_shape(init, jax.random.key(0))
-    if not tree:
-        raise ConfigError(
-            f"adapter.targets={config.targets!r} is not allowed: it matches no projection of the model"
-        )
-    return tree
+    return jax.eval_shape(lambda key: fresh_adapter(model, key), jax.random.key(0))
 
 
 def save_adapter(
@@ -353,31 +343,9 @@ def check_tensors(
     ]
     if other:
         stored = [f"{name} is {source.dtype(name)}" for name in other]
-        allowed = f"tensors of another type than {', '.join(dtypes)}: {_listed(stored)}"
+        allowed = (
+            f"tensors of another type than {', '.join(dtypes)}: {layout.listed(stored, _LISTED)}"
+        )
         problems = f"{problems}; {allowed}" if problems else allowed
     if problems:
         raise ModelFileError(f"{source.path}: {problems}")
-
-
-def differences(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
-) -> str:
-    """Names the tensors that are missing, unexpected or of another shape; empty if there are none."""
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected]
-    misshapen = [
-        f"{name} is {tuple(found[name])}, expected {shape}"
-        for name, shape in expected.items()
-        if name in found and tuple(found[name]) != shape
-    ]
-    kinds = {
-        "missing tensors": missing,
-        "unexpected tensors": unexpected,
-        "tensors of another shape": misshapen,
-    }
-    return "; ".join(f"{what}: {_listed(names)}" for what, names in kinds.items() if names)
-
-
-def _listed(names: list[str]) -> str:
-    rest = len(names) - _LISTED
-    return ", ".join(names[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")

@@ -12,6 +12,7 @@ itself.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -137,31 +138,44 @@ def check_tensors(source: TensorSource, config: DecoderConfig) -> None:
         for name, shape in source.shapes.items()
         if not name.endswith("rotary_emb.inv_freq")
     }
-    missing = [source.stored_name(name) for name in expected if name not in found]
-    unexpected = [
-        source.stored_name(name) for name in found if name not in expected and name not in optional
-    ]
-    misshapen = [
-        f"{source.stored_name(name)} is {found[name]}, expected {shape}"
-        for name, shape in {**expected, **optional}.items()
-        if name in found and found[name] != shape
-    ]
-    problems = [
-        f"{what}: {_listed(names)}"
-        for what, names in (
-            ("missing tensors", missing),
-            ("unexpected tensors", unexpected),
-            ("tensors of another shape", misshapen),
-        )
-        if names
-    ]
+    problems = differences(expected, found, optional, source.stored_name)
     if problems:
-        raise ModelFileError(f"{source.path}: {'; '.join(problems)}")
+        raise ModelFileError(f"{source.path}: {problems}")
 
 
-def _listed(names: list[str]) -> str:
-    rest = len(names) - _LISTED
-    return ", ".join(names[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")
+def differences(
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    optional: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+    shown: Callable[[str], str] = str,
+    most: int = _LISTED,
+) -> str:
+    """Names the tensors that are missing, unexpected or of another shape; empty if there are none.
+
+    Args:
+      expected: name -> shape of those that must be there.
+      found: the same of those that are.
+      optional: of those that may be there.
+      shown: what a tensor is called in the message.
+      most: tensors of each kind that are named; the rest are counted.
+    """
+    allowed = {**expected, **optional}
+    kinds = {
+        "missing tensors": [shown(name) for name in expected if name not in found],
+        "unexpected tensors": [shown(name) for name in found if name not in allowed],
+        "tensors of another shape": [
+            f"{shown(name)} is {tuple(found[name])}, expected {shape}"
+            for name, shape in allowed.items()
+            if name in found and tuple(found[name]) != shape
+        ],
+    }
+    return "; ".join(f"{what}: {listed(names, most)}" for what, names in kinds.items() if names)
+
+
+def listed(names: list[str], most: int = _LISTED) -> str:
+    """The first `most` names, and how many more there are."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def load_params(

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from sira_jax.adapters.base import PATHS, AdapterConfig
+from sira_jax.adapters.low_rank import LowRankConfig
 from sira_jax.adapters.registry import METHODS, make_config
 from sira_jax.adapters.trees import by_layer, by_projection
 from sira_jax.checkpoints.adapter_file import (
@@ -67,7 +68,7 @@ class _Part:
 
 def can_export(config: AdapterConfig | type[AdapterConfig]) -> bool:
     """Whether the method computes one low-rank pair a projection, the same for all tokens."""
-    return config.method in ("adamix", "dora", "lora") or hasattr(config, "as_lora")
+    return issubclass(config if isinstance(config, type) else type(config), LowRankConfig)
 
 
 def save_peft(
@@ -148,7 +149,7 @@ def _parts(
 
             params = jax.tree.map(take, leaves[path])
             magnitude_F = None
-            a_DR, b_RF = (np.asarray(x, np.float32) for x in _pair(own, params))
+            a_DR, b_RF = (np.asarray(x, np.float32) for x in own.as_lora(params))
             if config.method == "dora":
                 kernel_DF = take(base[*path, "kernel"])
                 magnitude_F = column_norms(kernel_DF) + params["magnitude_delta"]
@@ -157,15 +158,6 @@ def _parts(
             part = _Part(a_DR.T, b_RF.T, magnitude_F, alpha)
             parts.setdefault(name, []).append(part)
     return parts
-
-
-def _pair(config: AdapterConfig, params: Mapping[str, np.ndarray]) -> tuple[Any, Any]:
-    """(a (D, R), b (R, F)) of one projection of one layer."""
-    if config.method == "adamix":
-        return config.average(params)
-    if config.method in ("dora", "lora"):
-        return params["lora_a"], params["lora_b"]
-    return config.as_lora(params)
 
 
 def column_norms(kernel_DF: np.ndarray) -> np.ndarray:

@@ -1,17 +1,11 @@
 """Shape of a decoder-only language model as plain data. Every difference between model families is a field here."""
 
 import dataclasses
-import math
 
-from sira_jax.errors import check
+from sira_jax.errors import check, is_finite_number, is_whole_number
 
 REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-def _is_number(value: object) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +24,7 @@ class RopeScaling:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            check(_is_number(value), f"rope_scaling.{field.name}", value, "a number")
+            check(is_finite_number(value), f"rope_scaling.{field.name}", value, "a number")
         check(self.factor >= 1, "rope_scaling.factor", self.factor, "at least 1")
         check(
             self.low_freq_factor > 0, "rope_scaling.low_freq_factor", self.low_freq_factor, "over 0"
@@ -118,8 +112,12 @@ class DecoderConfig:
             "max_positions",
         ):
             value = getattr(self, name)
-            is_count = isinstance(value, int) and not isinstance(value, bool)
-            check(is_count and value > 0, f"model.{name}", value, "a whole number over 0")
+            check(
+                is_whole_number(value) and value > 0,
+                f"model.{name}",
+                value,
+                "a whole number over 0",
+            )
         check(
             self.num_heads % self.num_kv_heads == 0,
             "model.num_kv_heads",
@@ -137,13 +135,13 @@ class DecoderConfig:
         check(is_scaling, "model.rope_scaling", self.rope_scaling, "a RopeScaling or None")
         check(self.head_dim % 2 == 0, "model.head_dim", self.head_dim, "an even number")
         check(
-            _is_number(self.norm_eps) and self.norm_eps > 0,
+            is_finite_number(self.norm_eps) and self.norm_eps > 0,
             "model.norm_eps",
             self.norm_eps,
             "over 0",
         )
         check(
-            _is_number(self.rope_theta) and self.rope_theta > 0,
+            is_finite_number(self.rope_theta) and self.rope_theta > 0,
             "model.rope_theta",
             self.rope_theta,
             "over 0",

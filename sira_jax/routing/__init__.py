@@ -2,10 +2,17 @@
 
 from sira_jax.routing.capacity import expert_capacity
 from sira_jax.routing.config import DISPATCH_ALGORITHMS, EXPERT_DROPOUT_POSITIONS, RoutingConfig
-from sira_jax.routing.dispatch import apply_experts, choose_algorithm, mix_experts
+from sira_jax.routing.dispatch import (
+    apply_experts,
+    choose_algorithm,
+    gated_sum,
+    join_ranks,
+    mix_experts,
+    project_with_router,
+)
 from sira_jax.routing.grouping import group_tokens, ungroup
 from sira_jax.routing.losses import load_balance_loss, router_z_loss
-from sira_jax.routing.metrics import RouterStats, router_metrics, router_stats
+from sira_jax.routing.metrics import RouterStats, router_metrics, router_stats, sum_stats
 from sira_jax.routing.products import project
 from sira_jax.routing.router import Routing, route, router_logits
 
@@ -18,14 +25,18 @@ __all__ = [
     "apply_experts",
     "choose_algorithm",
     "expert_capacity",
+    "gated_sum",
     "group_tokens",
+    "join_ranks",
     "load_balance_loss",
     "mix_experts",
     "project",
+    "project_with_router",
     "route",
     "router_logits",
     "router_metrics",
     "router_stats",
     "router_z_loss",
+    "sum_stats",
     "ungroup",
 ]

@@ -1,22 +1,12 @@
 """Options of the sparse router, as plain data."""
 
 import dataclasses
-import math
 from typing import ClassVar
 
-from sira_jax.errors import check
+from sira_jax.errors import check, is_finite_number, is_whole_number
 
 DISPATCH_ALGORITHMS = ("auto", "einsum", "masked", "ragged")
 EXPERT_DROPOUT_POSITIONS = ("before_topk", "after_topk")
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_real and math.isfinite(value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,31 +63,37 @@ class RoutingConfig:
             value = getattr(self, name)
             check(is_allowed(value), f"{self.config_section}.{name}", value, allowed)
 
-        require("num_experts", lambda v: _is_count(v) and v >= 1, "a whole number over 0")
+        require("num_experts", lambda v: is_whole_number(v) and v >= 1, "a whole number over 0")
         require(
             "num_selected_experts",
-            lambda v: _is_count(v) and 1 <= v <= self.num_experts,
+            lambda v: is_whole_number(v) and 1 <= v <= self.num_experts,
             f"a whole number from 1 to num_experts={self.num_experts}",
         )
         for name in ("capacity_factor", "eval_capacity_factor"):
             require(
                 name,
-                lambda v: v is None or (_is_number(v) and v > 0),
+                lambda v: v is None or (is_finite_number(v) and v > 0),
                 "a finite number over 0, or None for no limit",
             )
-        require("min_capacity", lambda v: _is_count(v) and v >= 0, "a whole number, 0 or more")
+        require(
+            "min_capacity", lambda v: is_whole_number(v) and v >= 0, "a whole number, 0 or more"
+        )
         require(
             "group_size",
-            lambda v: v is None or (_is_count(v) and v >= 1),
+            lambda v: v is None or (is_whole_number(v) and v >= 1),
             "a whole number over 0, or None for one group a sequence",
         )
         for name in ("capacity_counts_k", "renormalize"):
             require(name, lambda v: isinstance(v, bool), "true or false")
-        require("expert_dropout_rate", lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)")
+        require(
+            "expert_dropout_rate",
+            lambda v: is_finite_number(v) and 0 <= v < 1,
+            "a number in [0, 1)",
+        )
         for name, choices in (
             ("expert_dropout_position", EXPERT_DROPOUT_POSITIONS),
             ("dispatch", DISPATCH_ALGORITHMS),
         ):
             require(name, lambda v, choices=choices: v in choices, f"one of {', '.join(choices)}")
         for name in ("load_balance_loss_weight", "router_z_loss_weight", "router_init_std"):
-            require(name, lambda v: _is_number(v) and v >= 0, "a finite number, 0 or more")
+            require(name, lambda v: is_finite_number(v) and v >= 0, "a finite number, 0 or more")

@@ -123,9 +123,7 @@ def mix_experts(
         )
     is_joined = algorithm == "masked" and expert_input_GSD is None and x_GSD.dtype == jnp.float32
     if is_joined:
-        weights_DM = jnp.concatenate([_join_ranks(lora_a_EDR), router_DE], axis=1)
-        joined_GSM = project(x_GSD, weights_DM, precision=jax.lax.Precision.HIGHEST)
-        hidden_GSM, logits_GSE = jnp.split(joined_GSM, [num_experts * rank], axis=-1)
+        hidden_GSM, logits_GSE = project_with_router(x_GSD, join_ranks(lora_a_EDR), router_DE)
     else:
         logits_GSE = router_logits(x_GSD, router_DE)
     routing = route(
@@ -191,7 +189,7 @@ def apply_experts(
         return _einsum_experts(x_GSD, routing, lora_a_EDR, lora_b_ERF)
     if algorithm == "ragged":
         return _ragged_experts(x_GSD, routing, lora_a_EDR, lora_b_ERF)
-    hidden_GSM = project(x_GSD, _join_ranks(lora_a_EDR))
+    hidden_GSM = project(x_GSD, join_ranks(lora_a_EDR))
     return _masked_output(hidden_GSM, routing, lora_b_ERF, x_GSD.dtype)
 
 
@@ -212,7 +210,18 @@ def _check_shapes(x_GSD, router_shape, lora_a_EDR, lora_b_ERF):
     )
 
 
-def _join_ranks(lora_a_EDR: jax.Array) -> jax.Array:
+def project_with_router(
+    x_GSD: jax.Array, weights_DM: jax.Array, router_DE: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(x @ weights, router logits) of a float32 x, in one product at the precision the router needs, forwards and backwards."""
+    joined_DM = jnp.concatenate([weights_DM, router_DE], axis=1)
+    joined_GSM = project(x_GSD, joined_DM, precision=jax.lax.Precision.HIGHEST)
+    hidden_GSM, logits_GSE = jnp.split(joined_GSM, [weights_DM.shape[1]], axis=-1)
+    return hidden_GSM, logits_GSE
+
+
+def join_ranks(lora_a_EDR: jax.Array) -> jax.Array:
+    """The experts' A side by side, (D, M)."""
     num_experts, d_in, rank = lora_a_EDR.shape
     return lora_a_EDR.transpose(1, 0, 2).reshape(d_in, num_experts * rank)
 
@@ -220,14 +229,26 @@ def _join_ranks(lora_a_EDR: jax.Array) -> jax.Array:
 def _masked_output(
     hidden_GSM: jax.Array, routing: Routing, lora_b_ERF: jax.Array, dtype: jnp.dtype
 ) -> jax.Array:
-    """Gates x @ A_cat, float32, and multiplies by B_cat: all experts meet all tokens."""
-    num_experts, rank, d_out = lora_b_ERF.shape
-    num_groups, group_size, joined_ranks = hidden_GSM.shape
     # Large padding may overflow here, and inf * 0 is not 0.
     hidden_GSM = jnp.where(routing.valid_GS[..., None], hidden_GSM, 0.0)
-    hidden_GSER = hidden_GSM.reshape(num_groups, group_size, num_experts, rank)
-    gated_GSM = (hidden_GSER * routing.gates_GSE[..., None]).reshape(hidden_GSM.shape)
-    lora_b_MF = lora_b_ERF.reshape(joined_ranks, d_out)
+    return gated_sum(hidden_GSM, routing.gates_GSE, lora_b_ERF, dtype)
+
+
+def gated_sum(
+    hidden_GSM: jax.Array, gates_GSE: jax.Array, lora_b_ERF: jax.Array, dtype: jnp.dtype
+) -> jax.Array:
+    """sum over e of gates[e] B_e h_e, (G, S, F) in `dtype`, as one product with B_cat: all experts meet all tokens.
+
+    Args:
+      hidden_GSM: h = A_e x, float32, the experts side by side; finite.
+      gates_GSE: float32, with any scale in them.
+      lora_b_ERF: the experts' B.
+      dtype: of the product's operands and its result.
+    """
+    num_experts, rank, d_out = lora_b_ERF.shape
+    hidden_GSER = hidden_GSM.reshape(*hidden_GSM.shape[:2], num_experts, rank)
+    gated_GSM = (hidden_GSER * gates_GSE[..., None]).reshape(hidden_GSM.shape)
+    lora_b_MF = lora_b_ERF.reshape(num_experts * rank, d_out)
     return project(gated_GSM.astype(dtype), lora_b_MF.astype(dtype)).astype(dtype)
 
 

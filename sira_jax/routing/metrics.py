@@ -94,25 +94,53 @@ def router_stats(
         task_ids_GS,
         f"the task of each token, as num_tasks={num_tasks}",
     )
-    routing = jax.lax.stop_gradient(routing)
-    probs_GSE = routing.probs_GSE
-    kept_GSE = routing.kept_GSE.astype(jnp.float32)
-    entropy_GS = jnp.sum(jax.scipy.special.entr(probs_GSE), axis=-1)
-    valid_GS = routing.valid_GS.astype(jnp.float32)
     turned_away_GSE = routing.queued_GSE & ~routing.kept_GSE
+    return sum_stats(
+        routing.probs_GSE,
+        routing.valid_GS,
+        routing.kept_GSE,
+        selected_pairs=jnp.sum(routing.selected_GSE, dtype=jnp.float32),
+        dropped_pairs=jnp.sum(turned_away_GSE, dtype=jnp.float32),
+        task_ids_GS=task_ids_GS,
+        num_tasks=num_tasks,
+    )
+
+
+def sum_stats(
+    probs_GSE: jax.Array,
+    valid_GS: jax.Array,
+    pairs_GSE: jax.Array,
+    *,
+    selected_pairs: jax.Array,
+    dropped_pairs: jax.Array,
+    task_ids_GS: jax.Array | None = None,
+    num_tasks: int = 0,
+) -> RouterStats:
+    """The sums of RouterStats, without gradients, from what a router of any kind did.
+
+    Args:
+      probs_GSE: its probabilities, 0 in rows of padding.
+      valid_GS: bool, False for padding.
+      pairs_GSE: what each token gives to each expert of its pairs; True counts as 1.
+      selected_pairs, dropped_pairs: see RouterStats.
+      task_ids_GS, num_tasks: see `router_stats`.
+    """
+    probs_GSE, pairs_GSE = jax.lax.stop_gradient((probs_GSE, pairs_GSE))
+    pairs_GSE, valid_GS = pairs_GSE.astype(jnp.float32), valid_GS.astype(jnp.float32)
+    entropy_GS = jnp.sum(jax.scipy.special.entr(probs_GSE), axis=-1)
     if num_tasks:
         task_GSZ = jax.nn.one_hot(task_ids_GS, num_tasks) * valid_GS[..., None]
     else:
         task_GSZ = jnp.zeros((*valid_GS.shape, 0))
     return RouterStats(
         tokens=jnp.sum(valid_GS),
-        selected_pairs=jnp.sum(routing.selected_GSE, dtype=jnp.float32),
-        dropped_pairs=jnp.sum(turned_away_GSE, dtype=jnp.float32),
-        kept_pairs_E=jnp.sum(kept_GSE, axis=(0, 1)),
+        selected_pairs=selected_pairs,
+        dropped_pairs=dropped_pairs,
+        kept_pairs_E=jnp.sum(pairs_GSE, axis=(0, 1)),
         entropy_sum=jnp.sum(entropy_GS),
         confidence_sum=jnp.sum(jnp.max(probs_GSE, axis=-1)),
         task_tokens_Z=jnp.sum(task_GSZ, axis=(0, 1)),
-        task_kept_pairs_ZE=jnp.einsum("gsz,gse->ze", task_GSZ, kept_GSE, precision="highest"),
+        task_kept_pairs_ZE=jnp.einsum("gsz,gse->ze", task_GSZ, pairs_GSE, precision="highest"),
         task_entropy_sum_Z=jnp.einsum("gsz,gs->z", task_GSZ, entropy_GS, precision="highest"),
     )
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sira_jax.adapters import AdapterConfig, make_config
-from sira_jax.errors import ConfigError, check
+from sira_jax.errors import ConfigError, check, is_finite_number, is_whole_number
 from sira_jax.models.config import DTYPES, REMAT_POLICIES
 
 STRATEGIES = ("greedy", "sample", "beam")
@@ -21,14 +21,17 @@ TOO_LONG = ("error", "drop", "truncate_inputs")
 
 
 def _check_int(field: str, value: object, least: int) -> None:
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    check(is_int and value >= least, field, value, f"a whole number of at least {least}")
+    check(
+        is_whole_number(value) and value >= least,
+        field,
+        value,
+        f"a whole number of at least {least}",
+    )
 
 
 def _check_range(field: str, value: object, low: float, high: float = math.inf) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     allowed = f"a number of at least {low}" if high == math.inf else f"a number in [{low}, {high}]"
-    check(is_number and math.isfinite(value) and low <= value <= high, field, value, allowed)
+    check(is_finite_number(value) and low <= value <= high, field, value, allowed)
 
 
 def _check_seed(field: str, value: object) -> None:
@@ -66,6 +69,13 @@ class ModelSource:
         _check_choice("model.param_dtype", self.param_dtype, DTYPES)
         _check_choice("model.remat_policy", self.remat_policy, REMAT_POLICIES)
         check(isinstance(self.scan_layers, bool), "model.scan_layers", self.scan_layers, "a bool")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All fields but the path, as the loaders of base models take them."""
+        fields = dataclasses.asdict(self)
+        del fields["path"]
+        return fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -278,8 +288,12 @@ class MeshConfig:
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
-            is_int = isinstance(size, int) and not isinstance(size, bool)
-            check(is_int and (size == -1 or size > 0), f"mesh.{name}", size, "over 0, or -1")
+            check(
+                is_whole_number(size) and (size == -1 or size > 0),
+                f"mesh.{name}",
+                size,
+                "over 0, or -1",
+            )
         check(list(sizes.values()).count(-1) <= 1, "mesh", sizes, "at most one axis of -1")
 
 
@@ -323,7 +337,7 @@ class ExperimentConfig:
         return fields
 
 
-_SECTIONS = {
+SECTIONS = {
     "model": ModelSource,
     "data": DataConfig,
     "optimizer": OptimizerConfig,
@@ -341,7 +355,7 @@ def make_experiment(config: Mapping[str, Any]) -> ExperimentConfig:
       ConfigError: on an unknown section or field, a wrong type, or a value out of range; it names the field.
     """
     check(isinstance(config, Mapping), "config", config, "a mapping of sections")
-    known = ("adapter", *_SECTIONS)
+    known = ("adapter", *SECTIONS)
     for name in config:
         check(name in known, "config", name, f"sections {', '.join(sorted(known))}")
     for name in ("model", "data", "adapter"):
@@ -349,7 +363,7 @@ def make_experiment(config: Mapping[str, Any]) -> ExperimentConfig:
             raise ConfigError(f"config.{name} is missing: it is needed")
     sections = {
         name: _make_section(cls, config[name], name)
-        for name, cls in _SECTIONS.items()
+        for name, cls in SECTIONS.items()
         if name in config
     }
     return ExperimentConfig(adapter=make_config(config["adapter"]), **sections)

@@ -25,9 +25,8 @@ from sira_jax.training.logging import MetricsLog, Progress
 from sira_jax.training.optimizers import make_optimizer, make_schedule
 from sira_jax.training.train_state import (
     TrainState,
-    abstract_params,
+    abstract_adapter,
     init_adapter,
-    split_params,
 )
 from sira_jax.training.train_step import make_train_step
 
@@ -194,8 +193,8 @@ class Trainer:
 
     def _init_state(self) -> TrainState:
         adapter = init_adapter(self._model, self._experiment.train.seed)
-        boxes = split_params(abstract_params(self._model))[0]
-        shardings = partitioning.param_shardings(boxes, self._mesh)
+        shapes = abstract_adapter(self._model, self._mesh)
+        shardings = jax.tree.map(lambda x: x.sharding, shapes)
         adapter = jax.device_put(adapter, shardings)
         everywhere = partitioning.replicated(self._mesh)
         trained = split_trained(adapter)[0]

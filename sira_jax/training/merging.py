@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sira_jax.adapters.reslora import SQUARED_NORM
-from sira_jax.adapters.trees import STACKED
+from sira_jax.adapters.trees import by_layer, by_projection
 from sira_jax.errors import MergeError
 from sira_jax.models import Decoder
 from sira_jax.training.train_step import Batch
@@ -64,26 +64,22 @@ def measure_norms(model: Decoder, params: Any, batches: Iterable[Batch]) -> dict
     Raises:
       MergeError: the adapter sows none.
     """
-    squares: dict[str, dict[int, np.ndarray]] = {}
+    squares: dict[str, np.ndarray] = {}
     for batch in batches:
-        sown = jax.device_get(_sown(model, params, batch))
-        for path, value in jax.tree_util.tree_leaves_with_path(sown):
-            names = [str(entry.key) for entry in path if hasattr(entry, "key")]
-            if names[-1] != SQUARED_NORM:
-                continue
-            layers = squares.setdefault("/".join(names[1 : names.index("adapter")]), {})
-            first = 0 if names[0] == STACKED else int(names[0].removeprefix(f"{STACKED}_"))
-            for layer, square in enumerate(np.atleast_1d(value).astype(np.float64), first):
-                layers[layer] = layers.get(layer, 0.0) + square
+        sown = by_projection(jax.device_get(_sown(model, params, batch)))
+        # Each sown value is a tuple of one.
+        own = {
+            path: leaves[SQUARED_NORM][0] for path, leaves in sown.items() if SQUARED_NORM in leaves
+        }
+        for name, places in by_layer(own).items():
+            layers = [own[path] if index is None else own[path][index] for path, index in places]
+            squares[name] = squares.get(name, 0.0) + np.asarray(layers, np.float64)
     if not squares:
         raise MergeError(
             "no norms were measured: there are no batches, or the adapter has none to measure (ResLoRA has with"
             " merge_by='inputs' and connection 'input' or 'middle')"
         )
-    return {
-        name: np.sqrt([layers[layer] for layer in sorted(layers)])
-        for name, layers in squares.items()
-    }
+    return {name: np.sqrt(layers) for name, layers in squares.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)

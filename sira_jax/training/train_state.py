@@ -3,15 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct, traverse_util
 
-from sira_jax.adapters import is_adapter, split_trained
-from sira_jax.errors import ConfigError
+from sira_jax.adapters import is_adapter, partition, split_trained
 from sira_jax.models import Decoder
+from sira_jax.models.decoder import fresh_adapter
+from sira_jax.training import partitioning
 
 Params = dict[str, Any]
 
@@ -31,12 +31,15 @@ class TrainState:
     optimizer: optax.OptState
 
 
+def fresh_state(adapter: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step, of an adapter's tree."""
+    moments = optimizer.init(split_trained(adapter)[0])
+    return TrainState(step=jnp.int32(0), adapter=adapter, optimizer=moments)
+
+
 def split_params(params: Mapping[str, Any]) -> tuple[Params, Params]:
     """Splits parameters into (adapter, frozen) by `adapters.is_adapter`."""
-    flat = traverse_util.flatten_dict(params)
-    adapter = {path: leaf for path, leaf in flat.items() if is_adapter(path)}
-    frozen = {path: leaf for path, leaf in flat.items() if not is_adapter(path)}
-    return traverse_util.unflatten_dict(adapter), traverse_util.unflatten_dict(frozen)
+    return partition(params, is_adapter)
 
 
 def merge_params(*trees: Mapping[str, Any]) -> Params:
@@ -53,27 +56,22 @@ def abstract_params(model: Decoder) -> Params:
     return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
 
 
+def abstract_adapter(model: Decoder, mesh: jax.sharding.Mesh) -> Params:
+    """Shapes, types and shardings of `init_adapter`'s tree on a mesh, without computing it."""
+    shardings = partitioning.param_shardings(split_params(abstract_params(model))[0], mesh)
+    shapes = jax.eval_shape(lambda key: fresh_adapter(model, key), jax.random.key(0))
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+
+
 def init_adapter(model: Decoder, seed: int) -> Params:
-    """Fresh parameters of the adapter, float32. The frozen ones are not computed: the compiler drops what is not returned.
+    """Fresh parameters of the adapter, float32; see `models.decoder.fresh_adapter`.
 
     Raises:
       ConfigError: if the adapter's targets match no projection of the model.
     """
-
-    @jax.jit
-    def init(key):
-        tokens = {"decoder_input_tokens": jnp.zeros((1, 2), jnp.int32)}
-        adapter = split_params(nn.unbox(model.init(key, tokens)["params"]))[0]
-        if model.adapter is not None:
-            adapter = model.adapter.initialise(adapter, jax.random.fold_in(key, 1))
-        return adapter
-
-    adapter = init(jax.random.key(seed))
-    if model.adapter is not None and not adapter:
-        raise ConfigError(
-            f"adapter.targets={model.adapter.targets!r} is not allowed: it matches no projection of the model"
-        )
-    return adapter
+    return jax.jit(fresh_adapter, static_argnums=0)(model, jax.random.key(seed))
 
 
 def count(tree: Any) -> int:

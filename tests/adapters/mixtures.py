@@ -1,6 +1,7 @@
-"""The soft mixtures' router in plain loops over tokens, written from the equation, and central differences in float64.
+"""What the methods' tests share: a soft mixture's router in plain loops over tokens, central differences in float64, and checks
+of what is one low-rank pair.
 
-Nothing here shares code with the library.
+The references share no code with the library.
 """
 
 import functools
@@ -11,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sira_jax.adapters import AdaptedDense, AdapterContext
+from sira_jax.adapters import AdaptedDense, AdapterContext, LoRAConfig
 from tests.tiny import draw, shapes_of
 
-TRAINING = AdapterContext(deterministic=False)
+EVALUATION, TRAINING = AdapterContext(), AdapterContext(deterministic=False)
 
 
 def exact(tree):
@@ -46,7 +47,7 @@ def balance(x, router, valid, k=None):
     return num_experts * float(np.sum(share * mean_prob)) / tokens**2
 
 
-def differences(function, point):
+def differences(function, point, step=1e-6):
     """Central differences of a scalar `function(*point)` by every entry of `point`'s leaves, as a tree."""
     leaves, tree = jax.tree.flatten(exact(point))
     slopes = []
@@ -54,11 +55,11 @@ def differences(function, point):
         slope = np.zeros(leaf.shape)
         for index in np.ndindex(leaf.shape):
             kept, ends = leaf[index], []
-            for step in (1e-6, -1e-6):
-                leaf[index] = kept + step
+            for move in (step, -step):
+                leaf[index] = kept + move
                 ends.append(function(*jax.tree.unflatten(tree, leaves)))
             leaf[index] = kept
-            slope[index] = (ends[0] - ends[1]) / 2e-6
+            slope[index] = (ends[0] - ends[1]) / (2 * step)
         slopes.append(slope)
     return jax.tree.unflatten(tree, slopes)
 
@@ -105,3 +106,60 @@ def check_gradients(module, reference, params, x, valid, weight=0.0, k=None, tol
     wanted = differences(exact_loss, (params, x))
     for got, want in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
+
+
+def run(module, params, x, context=EVALUATION, rngs=None):
+    """The output alone."""
+    return np.asarray(apply(module, params, x, context, rngs)[0])
+
+
+def dropout_mask(shape, rate, rngs):
+    """What dropout on the input of a low-rank pair multiplies x (B, T, D) by, 1 / (1 - rate) or 0.
+
+    LoRA draws from the same stream in the same place, and between identities it shows its mask.
+    """
+    width = shape[-1]
+    probe = layer(LoRAConfig(rank=width, alpha=float(width), dropout_rate=rate), width)
+    eye = np.eye(width)
+    identity = {"kernel": np.zeros_like(eye), "adapter": {"lora_a": eye, "lora_b": eye}}
+    mask = run(probe, identity, np.ones(shape, np.float32), TRAINING, rngs)
+    assert 0.0 in mask
+    return mask
+
+
+def check_dropout(config, features, reference, x):
+    """Training against `reference(params, x, scale, mask)` under the mask that a pair's dropout draws."""
+    rngs = {"dropout": jax.random.key(5)}
+    module = layer(config, features)
+    params = drawn(module, x)
+    wanted = reference(params, x, config.scale, dropout_mask(x.shape, config.dropout_rate, rngs))
+    got = run(module, params, x, TRAINING, rngs)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def check_one_lora(config, rank, features, reference, x):
+    """`as_lora` is a LoRA of this rank that computes `reference(params, x, scale)`, and so does the merged kernel."""
+    params = drawn(layer(config, features), x)
+    a, b = config.as_lora(params["adapter"])
+    lora = LoRAConfig(rank=rank, alpha=config.scale * rank)
+    as_lora = {"kernel": params["kernel"], "adapter": {"lora_a": a, "lora_b": b}}
+    wanted = reference(params, x, config.scale)
+    np.testing.assert_allclose(run(layer(lora, features), as_lora, x), wanted, rtol=1e-4, atol=1e-4)
+    merged = config.merge(params["adapter"], params["kernel"])
+    plain = run(AdaptedDense(features=features), {"kernel": merged}, x)
+    np.testing.assert_allclose(plain, wanted, rtol=1e-4, atol=1e-4)
+    half = params["kernel"].astype(jnp.bfloat16)
+    assert config.merge(params["adapter"], half).dtype == "bfloat16"
+
+
+def check_stacked_merge(config, features, x):
+    """Stacked layers merge, and become a LoRA, as each of them does."""
+    layers = [drawn(layer(config, features), x, seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
+    merged = config.merge(stacked["adapter"], stacked["kernel"])
+    pairs = config.as_lora(stacked["adapter"])
+    for at, params in enumerate(layers):
+        wanted = config.merge(params["adapter"], params["kernel"])
+        np.testing.assert_allclose(merged[at], wanted, rtol=1e-6, atol=1e-6)
+        for got, want in zip(pairs, config.as_lora(params["adapter"]), strict=True):
+            np.testing.assert_array_equal(got[at], want)

@@ -7,13 +7,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sira_jax.adapters import AdaptedDense, AdapterContext, DoRAConfig, LoRAConfig
+from sira_jax.adapters import AdaptedDense, DoRAConfig
 from sira_jax.errors import ConfigError
-from tests.adapters.mixtures import apply, differences, drawn, exact, initialised, layer, normal
+from tests.adapters.mixtures import (
+    EVALUATION,
+    TRAINING,
+    apply,
+    differences,
+    drawn,
+    dropout_mask,
+    exact,
+    initialised,
+    layer,
+    normal,
+    run,
+)
 
 B, T, D, F = 2, 4, 6, 5
-EVALUATION = AdapterContext()
-TRAINING = AdapterContext(deterministic=False)
 
 
 def column_norms(kernel):
@@ -38,10 +48,6 @@ def reference(params, x, scale, norms=None, mask=None):
         low_rank = ((x[i, t] * mask[i, t]) @ adapter["lora_a"]) @ adapter["lora_b"][:, f]
         y[i, t, f] = (x[i, t] @ kernel[:, f] + scale * low_rank) * magnitudes[f] / norms[f]
     return y + params.get("bias", 0.0)
-
-
-def run(module, params, x, context=EVALUATION, rngs=None):
-    return np.asarray(apply(module, params, x, context, rngs)[0])
 
 
 @settings(max_examples=6, deadline=None)
@@ -134,10 +140,7 @@ def test_dropout_touches_the_low_rank_term_alone():
     x, rngs = normal(B, T, D), {"dropout": jax.random.key(5)}
     module = layer(config, F)
     params = drawn(module, x)
-    # LoRA draws from the same stream in the same place, and between identities it shows its mask.
-    probe = layer(LoRAConfig(rank=D, alpha=float(D), dropout_rate=rate), D)
-    eye = {"kernel": np.zeros((D, D)), "adapter": {"lora_a": np.eye(D), "lora_b": np.eye(D)}}
-    mask = run(probe, eye, np.ones(x.shape, np.float32), TRAINING, rngs)
+    mask = dropout_mask(x.shape, rate, rngs)
     assert set(np.unique(mask)) == {0.0, 2.0}
     wanted = reference(params, x, config.scale, mask=mask)
     got = run(module, params, x, TRAINING, rngs)

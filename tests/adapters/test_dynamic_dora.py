@@ -12,10 +12,19 @@ from hypothesis import strategies as st
 
 from sira_jax.adapters import AdaptedDense, AdapterContext, DynamicDoRAConfig, LoRAConfig
 from sira_jax.errors import ConfigError
-from tests.adapters.mixtures import apply, differences, drawn, exact, initialised, layer, normal
+from tests.adapters.mixtures import (
+    EVALUATION,
+    apply,
+    differences,
+    drawn,
+    exact,
+    initialised,
+    layer,
+    normal,
+    run,
+)
 
 B, T, D, F = 2, 4, 6, 5
-EVALUATION = AdapterContext()
 
 
 def at(progress):
@@ -41,10 +50,6 @@ def penalty(adapter):
     vectors = [*exact(adapter["lora_a"]).T, *exact(adapter["lora_b"])]
     variances = [np.sum((v - np.sum(v) / len(v)) ** 2) / (len(v) - 1) for v in vectors]
     return sum(variances) / len(variances)
-
-
-def run(module, params, x, context=EVALUATION, rngs=None):
-    return np.asarray(apply(module, params, x, context, rngs)[0])
 
 
 @settings(max_examples=6, deadline=None)

@@ -7,13 +7,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sira_jax.adapters import AdaptedDense, AdapterContext, LoRAConfig, MultiLoRAConfig
+from sira_jax.adapters import AdaptedDense, MultiLoRAConfig
 from sira_jax.errors import ConfigError
-from tests.adapters.mixtures import apply, differences, drawn, exact, initialised, layer, normal
+from tests.adapters.mixtures import (
+    EVALUATION,
+    apply,
+    check_dropout,
+    check_one_lora,
+    check_stacked_merge,
+    differences,
+    drawn,
+    exact,
+    initialised,
+    layer,
+    normal,
+    run,
+)
 
 B, T, D, F = 2, 4, 6, 5
-EVALUATION = AdapterContext()
-TRAINING = AdapterContext(deterministic=False)
 
 
 def reference(params, x, scale, mask=None):
@@ -29,10 +40,6 @@ def reference(params, x, scale, mask=None):
         ):
             y[i, t] += scale * c * (((x[i, t] * mask[i, t]) @ a) @ b)
     return y
-
-
-def run(module, params, x, context=EVALUATION, rngs=None):
-    return np.asarray(apply(module, params, x, context, rngs)[0])
 
 
 @settings(max_examples=6, deadline=None)
@@ -103,49 +110,17 @@ def test_initialisation_is_uniform_in_a_and_b_and_the_frozen_model_as_a_whole(in
 
 
 def test_dropout_acts_on_the_branches_in_training():
-    rate = 0.25
-    config = MultiLoRAConfig(num_branches=2, rank=3, dropout_rate=rate)
-    x, rngs = normal(B, T, D), {"dropout": jax.random.key(5)}
-    module = layer(config, F)
-    params = drawn(module, x)
-    # LoRA draws from the same stream in the same place, and between identities it shows its mask.
-    probe = layer(LoRAConfig(rank=D, alpha=float(D), dropout_rate=rate), D)
-    eye = {"kernel": np.zeros((D, D)), "adapter": {"lora_a": np.eye(D), "lora_b": np.eye(D)}}
-    mask = run(probe, eye, np.ones(x.shape, np.float32), TRAINING, rngs)
-    assert 0.0 in mask
-    wanted = reference(params, x, config.scale, mask)
-    got = run(module, params, x, TRAINING, rngs)
-    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+    config = MultiLoRAConfig(num_branches=2, rank=3, dropout_rate=0.25)
+    check_dropout(config, F, reference, normal(B, T, D))
 
 
 def test_it_is_one_lora_of_all_branches_and_merges_so():
     config = MultiLoRAConfig(num_branches=3, rank=2, alpha=5.0)
-    x = normal(B, T, D)
-    params = drawn(layer(config, F), x)
-    a, b = config.as_lora(params["adapter"])
-    lora = LoRAConfig(rank=6, alpha=config.scale * 6)
-    as_lora = {"kernel": params["kernel"], "adapter": {"lora_a": a, "lora_b": b}}
-    wanted = reference(params, x, config.scale)
-    np.testing.assert_allclose(run(layer(lora, F), as_lora, x), wanted, rtol=1e-4, atol=1e-4)
-    merged = config.merge(params["adapter"], params["kernel"])
-    plain = run(AdaptedDense(features=F), {"kernel": merged}, x)
-    np.testing.assert_allclose(plain, wanted, rtol=1e-4, atol=1e-4)
-    assert (
-        config.merge(params["adapter"], params["kernel"].astype(jnp.bfloat16)).dtype == "bfloat16"
-    )
+    check_one_lora(config, 6, F, reference, normal(B, T, D))
 
 
 def test_stacked_layers_merge_as_single_ones():
-    config = MultiLoRAConfig(num_branches=3, rank=2)
-    layers = [drawn(layer(config, F), normal(B, T, D), seed) for seed in range(3)]
-    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
-    merged = config.merge(stacked["adapter"], stacked["kernel"])
-    pairs = config.as_lora(stacked["adapter"])
-    for at, params in enumerate(layers):
-        wanted = config.merge(params["adapter"], params["kernel"])
-        np.testing.assert_allclose(merged[at], wanted, rtol=1e-6, atol=1e-6)
-        for got, want in zip(pairs, config.as_lora(params["adapter"]), strict=True):
-            np.testing.assert_array_equal(got[at], want)
+    check_stacked_merge(MultiLoRAConfig(num_branches=3, rank=2), F, normal(B, T, D))
 
 
 def test_counts_are_those_of_the_hand():

@@ -9,27 +9,9 @@ import pytest
 from configs import base
 from configs.experiments import starter
 from sira_jax.adapters import METHODS, make_config
-from sira_jax.training.config import (
-    DataConfig,
-    DecodeConfig,
-    EvaluateConfig,
-    MeshConfig,
-    ModelSource,
-    OptimizerConfig,
-    TrainConfig,
-    make_experiment,
-)
+from sira_jax.training.config import SECTIONS, make_experiment
 
 REPOSITORY = Path(__file__).parents[2]
-SECTIONS = {
-    "model": ModelSource,
-    "data": DataConfig,
-    "optimizer": OptimizerConfig,
-    "train": TrainConfig,
-    "decode": DecodeConfig,
-    "evaluate": EvaluateConfig,
-    "mesh": MeshConfig,
-}
 # Fields without a sensible default in the library: a file or a task must be named.
 CHOSEN_BY_THE_FILE = {("model", "path"), ("data", "tasks")}
 

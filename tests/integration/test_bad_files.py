@@ -169,7 +169,9 @@ def test_checkpoint(damage, which, named, run, tmp_path):
     before = contents(workdir)
 
     def restore():
-        assemble.restore_adapter(plan, plan.model(0), frozen, str(workdir), which)
+        assemble.restore_adapter(
+            plan.experiment, plan.mesh, plan.model(0), frozen, str(workdir), which
+        )
 
     named = [part.format(workdir=workdir, step=step) for part in named]
     assert_mistake(CheckpointError, restore, *named)
@@ -182,7 +184,9 @@ def test_unknown_step(which, run):
     before = contents(workdir)
 
     def restore():
-        assemble.restore_adapter(plan, plan.model(0), frozen, str(workdir), which)
+        assemble.restore_adapter(
+            plan.experiment, plan.mesh, plan.model(0), frozen, str(workdir), which
+        )
 
     assert_mistake(ConfigError, restore, f"--checkpoint='{which}'", "best, latest", "steps 2")
     assert contents(workdir) == before
@@ -192,7 +196,7 @@ def test_an_adapter_without_a_run(run):
     plan, frozen, _ = run
 
     def restore():
-        assemble.restore_adapter(plan, plan.model(0), frozen, "", "best")
+        assemble.restore_adapter(plan.experiment, plan.mesh, plan.model(0), frozen, "", "best")
 
     assert_mistake(ConfigError, restore, "--workdir=DIR is needed")
 

@@ -45,7 +45,9 @@ def answers(runs):
     for name in CONFIGS:
         plan = assemble.Plan(assemble.read_experiment(None, str(runs / name)))
         model = plan.model(0)
-        adapter, _ = assemble.restore_adapter(plan, model, frozen, str(runs / name), "best")
+        adapter, _ = assemble.restore_adapter(
+            plan.experiment, plan.mesh, model, frozen, str(runs / name), "best"
+        )
         found[name] = plan.decode(model, merge_params(adapter, frozen), tokens)
     assert len({tuple(texts) for texts in found.values()}) == 3
     return found

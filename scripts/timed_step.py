@@ -1,0 +1,51 @@
+"""Timing compiled training steps that take turns, so that a ratio of two times of one round holds on a busy machine."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from sira_jax.training.train_state import TrainState
+
+_WARM_UP = 2
+
+
+class TimedStep:
+    """A compiled training step with its state.
+
+    Args:
+      step: the jitted step, which donates its state.
+      state: where it starts.
+      frozen: parameters of the base.
+      batch: what every step is taken on.
+
+    Attributes:
+      scratch_bytes: what the compiled step needs besides its arguments and results; None where the backend does not tell.
+      state_bytes: of adapter and optimizer.
+    """
+
+    def __init__(self, step: Any, state: TrainState, frozen: Any, batch: Mapping[str, jax.Array]):
+        self._step = step.lower(state, frozen, batch).compile()
+        self._state, self._frozen, self._batch = state, frozen, batch
+        memory = self._step.memory_analysis()
+        self.scratch_bytes = None if memory is None else memory.temp_size_in_bytes
+        self.state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+    def run(self) -> float:
+        """Takes one step and returns its seconds."""
+        start = time.perf_counter()
+        self._state, metrics = self._step(self._state, self._frozen, self._batch)
+        jax.block_until_ready((self._state, metrics))
+        return time.perf_counter() - start
+
+
+def take_turns(steps: Mapping[str, TimedStep], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step in each round, after two rounds in which they settle."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for round_index in range(_WARM_UP + rounds):
+        for name, step in steps.items():
+            elapsed = step.run()
+            if round_index >= _WARM_UP:
+                seconds[name].append(elapsed)
+    return seconds
