@@ -10,8 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sira_jax.adapters import AdapterConfig, AdapterContext, LayerLink, is_adapter, partition
-from sira_jax.errors import ConfigError
+from sira_jax.adapters import AdapterConfig, AdapterContext, LayerLink
 from sira_jax.models.config import DecoderConfig
 from sira_jax.models.layers import MLP, Attention, RMSNorm, rotary_tables
 
@@ -121,6 +120,11 @@ class Decoder(nn.Module):
                 ),
             )
 
+    @nn.nowrap
+    def init_batch(self) -> dict[str, jax.Array]:
+        """The smallest batch to initialise with: a model's parameters do not depend on it."""
+        return {"decoder_input_tokens": jnp.zeros((1, 2), jnp.int32)}
+
     def __call__(
         self,
         batch: Batch,
@@ -216,26 +220,6 @@ class Decoder(nn.Module):
         self.put_variable("cache", "segment_ids", slots_BS)
         self.put_variable("cache", "index", start + segments_BT.shape[1])
         return start, slots_BS
-
-
-def fresh_adapter(model: Decoder, key: jax.Array) -> dict[str, Any]:
-    """The fresh adapter tree of a model, float32; empty without an adapter. To be traced, by jax.jit or jax.eval_shape.
-
-    The base is not computed: the compiler drops what is not returned.
-
-    Raises:
-      ConfigError: the adapter's targets match no projection of the model.
-    """
-    config = model.adapter
-    if config is None:
-        return {}
-    tokens = {"decoder_input_tokens": jnp.zeros((1, 2), jnp.int32)}
-    adapter, _ = partition(nn.unbox(model.init(key, tokens)["params"]), is_adapter)
-    if not adapter:
-        raise ConfigError(
-            f"adapter.targets={config.targets!r} is not allowed: it matches no projection of the model"
-        )
-    return config.initialise(adapter, jax.random.fold_in(key, 1))
 
 
 def prompt_mask(segments_BT: jax.Array, loss_weights_BT: jax.Array | None) -> jax.Array:
