@@ -8,12 +8,15 @@ from sira_jax.adapters import AdapterConfig
 from sira_jax.errors import ConfigError
 from sira_jax.models.config import DecoderConfig
 from sira_jax.models.decoder import Decoder
+from sira_jax.models.encoder_decoder import EncoderDecoder
+from sira_jax.models.encoder_decoder_config import EncoderDecoderConfig
 
-MODELS = MappingProxyType({DecoderConfig: Decoder})
+MODELS = MappingProxyType({DecoderConfig: Decoder, EncoderDecoderConfig: EncoderDecoder})
+ModelConfig = DecoderConfig | EncoderDecoderConfig
 
 
 def make_model(
-    config: DecoderConfig, adapter: AdapterConfig | None = None, num_tasks: int = 0
+    config: ModelConfig, adapter: AdapterConfig | None = None, num_tasks: int = 0
 ) -> nn.Module:
     """The model of a config, of the class that MODELS has for the config's type.
 
