@@ -20,9 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from sira_jax.adapters.base import ADAPTER, AdapterConfig, Path
+from sira_jax.adapters.base import ADAPTER, STACKED, AdapterConfig, Path, split_layer
 from sira_jax.adapters.registry import make_config
-from sira_jax.adapters.trees import STACKED
 from sira_jax.checkpoints import layout
 from sira_jax.checkpoints.safetensors import (
     DTYPES,
@@ -33,15 +32,14 @@ from sira_jax.checkpoints.safetensors import (
 )
 from sira_jax.errors import CheckpointError, ConfigError, ModelFileError
 from sira_jax.files import write_text
-from sira_jax.models import Decoder, DecoderConfig
-from sira_jax.models.adapter_init import fresh_adapter
+from sira_jax.models import ModelConfig, fresh_adapter, make_model
 from sira_jax.models.config import DTYPES as MODEL_DTYPES
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 TYPE = "sira_jax"
 VERSION = 1
-# Sizes of the base that an adapter's shapes follow from, fields of DecoderConfig.
+# Sizes of the base that an adapter's shapes follow from, fields of ModelConfig.
 SIZES = ("num_layers", "emb_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
 _FIELDS = ("type", "version", "adapter", "base")
 _BASE_FIELDS = ("fingerprint", "param_dtype", *SIZES)
@@ -58,7 +56,7 @@ class AdapterHeader:
       config: of the adapter, its method among the fields.
       fingerprint: of the base it was trained on, `checkpoints.fingerprint`.
       param_dtype: type that base was held in.
-      sizes: the fields SIZES of the base's DecoderConfig.
+      sizes: the fields SIZES of the base's ModelConfig.
     """
 
     config: AdapterConfig
@@ -73,18 +71,19 @@ def tensor_places(adapter: Mapping[str, Any]) -> dict[str, tuple[Path, int | Non
     Args:
       adapter: the adapter tree of a whole model, layers stacked or apart; arrays or shapes.
     """
-    places: dict[str, tuple[Path, int | None]] = {}
+    places: dict[tuple, tuple[Path, int | None]] = {}
     for path, leaf in traverse_util.flatten_dict(adapter).items():
-        at = path.index(ADAPTER)
+        prefix, own_layer, inner = split_layer(path)
         # A projection's leaves need no word between; the leaves of a block's own module keep theirs.
-        inner = (*path[1:at], *path[at + 1 :]) if at > 1 else path[1:]
-        if path[0] == STACKED:
-            for layer in range(leaf.shape[0]):
-                places[".".join((STACKED, str(layer), *inner))] = (path, layer)
-        else:
-            layer = path[0].removeprefix(f"{STACKED}_")
-            places[".".join((STACKED, layer, *inner))] = (path, None)
-    return dict(sorted(places.items(), key=lambda item: (int(item[0].split(".")[1]), item[0])))
+        if inner[0] != ADAPTER:
+            inner = tuple(name for name in inner if name != ADAPTER)
+        layers = range(leaf.shape[0]) if own_layer is None else [own_layer]
+        for layer in layers:
+            places[prefix, layer, inner] = (path, layer if own_layer is None else None)
+    return {
+        ".".join((*prefix, STACKED, str(layer), *inner)): place
+        for (prefix, layer, inner), place in sorted(places.items())
+    }
 
 
 def tensor_shapes(adapter: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -97,13 +96,13 @@ def tensor_shapes(adapter: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 @functools.lru_cache(maxsize=32)
-def abstract_adapter(config: AdapterConfig, model_config: DecoderConfig) -> dict[str, Any]:
+def abstract_adapter(config: AdapterConfig, model_config: ModelConfig) -> dict[str, Any]:
     """Shapes and types of the adapter tree in the model's layout, without computing any; not to be changed, as it is cached.
 
     Raises:
       ConfigError: if the adapter's targets match no projection.
     """
-    model = Decoder(model_config, config)
+    model = make_model(model_config, config)
     return jax.eval_shape(lambda key: fresh_adapter(model, key), jax.random.key(0))
 
 
@@ -111,7 +110,7 @@ def save_adapter(
     path: str | os.PathLike,
     config: AdapterConfig,
     adapter: Mapping[str, Any],
-    model_config: DecoderConfig,
+    model_config: ModelConfig,
     base_fingerprint: str,
 ) -> None:
     """Writes an adapter folder; a reader finds the old adapter, the new one, or none, never a mixture.
@@ -164,7 +163,7 @@ def write_folder(
 
 
 def check_tree(
-    config: AdapterConfig, adapter: Mapping[str, Any], model_config: DecoderConfig
+    config: AdapterConfig, adapter: Mapping[str, Any], model_config: ModelConfig
 ) -> None:
     """Raises CheckpointError unless the tree, in either layout, is one of this config on a base of these sizes."""
     expected = tensor_shapes(abstract_adapter(config, model_config))
@@ -254,7 +253,7 @@ def _check_sizes(file: str, where: str, value: object) -> None:
 
 
 def load_adapter(
-    path: str | os.PathLike, model_config: DecoderConfig, base_fingerprint: str
+    path: str | os.PathLike, model_config: ModelConfig, base_fingerprint: str
 ) -> tuple[AdapterConfig, dict[str, Any]]:
     """Reads an adapter folder into the layout of a model.
 
@@ -295,7 +294,7 @@ def fill(shapes: Mapping[str, Any], read: Callable[[str], np.ndarray]) -> dict[s
 def check_base(
     path: str | os.PathLike,
     header: AdapterHeader,
-    model_config: DecoderConfig,
+    model_config: ModelConfig,
     base_fingerprint: str,
 ) -> None:
     """Raises CheckpointError if the adapter in the folder `path` was trained on another base."""
