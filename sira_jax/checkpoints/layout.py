@@ -45,7 +45,7 @@ def _decoder_layout(config: DecoderConfig) -> Layout:
     optional = {}
     if config.tie_embeddings:
         optional["lm_head.weight"] = (config.vocab_size, config.emb_dim)
-    return Layout(_decoder_leaves(config), optional, "rotary_emb.inv_freq")
+    return Layout(_decoder_leaves(config), optional, ignored_suffix="rotary_emb.inv_freq")
 
 
 def _decoder_leaves(config: DecoderConfig) -> list[Leaf]:
@@ -125,7 +125,7 @@ def check_tensors(
         raise ModelFileError(
             f"{source.path}: {len(source.shapes)} tensors cannot make {num_layers} layers"
         )
-    layout = layout_of(config)
+    layout = layout_of(config).stored_in(source.shapes)
     expected = {name: leaf.tensor_shape for leaf in layout.leaves for name in leaf.names}
     ignored = layout.ignored_suffix
     found = {
@@ -196,9 +196,10 @@ def load_params(
     check_tensors(source, config, layout_of)
     dtype = jax.numpy.dtype(config.param_dtype)
     params: dict = {}
+    table = layout_of(config).stored_in(source.shapes).leaves
     # Largest first: while JAX takes a leaf over, two copies of that leaf may exist; at the start
     # there is room for it.
-    for leaf in sorted(layout_of(config).leaves, key=lambda leaf: -leaf.size):
+    for leaf in sorted(table, key=lambda leaf: -leaf.size):
         sharding = sharding_fn(leaf.path, leaf.shape) if sharding_fn else None
         *parents, last = leaf.path
         node = params
