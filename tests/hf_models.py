@@ -78,13 +78,18 @@ def tensor_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:
 
 
 def weights_by_rule(config: Mapping) -> dict[str, np.ndarray]:
+    """Returns the weights of a model, see `values_by_rule`."""
+    return values_by_rule(tensor_shapes(config))
+
+
+def values_by_rule(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     """Returns the same float32 weights everywhere: they follow from the tensors' names and shapes.
 
     Element i of tensor `name` is the finaliser of MurmurHash3 of i + crc32(name), mapped to
     (-1, 1), times sqrt(3 / columns) in matrices; norms are 1 + 0.2 of it, biases 0.5 of it.
     """
     weights = {}
-    for name, shape in tensor_shapes(config).items():
+    for name, shape in shapes.items():
         x = np.arange(math.prod(shape), dtype=np.uint32) + np.uint32(zlib.crc32(name.encode()))
         x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
         x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)

@@ -1,9 +1,9 @@
 """Our adapter format: a folder with adapter_model.safetensors and adapter_config.json.
 
-The tensors are named by layer ("layers.3.attention.q.lora_a"; "layers.3.adapter.router" of a block's own module), whatever
-the layout of the tree they come from, and are loaded into either layout. Buffers are among them. The config file holds every
-field of the adapter's config, the sizes and the fingerprint of its base, and a version. Both files are data: nothing in them
-is executed.
+The tensors are named by layer ("layers.3.attention.q.lora_a", "encoder.layers.3.attention.query.lora_a";
+"layers.3.adapter.router" of a block's own module), whatever the layout of the tree they come from, and are loaded into either
+layout. Buffers are among them. The config file holds every field of the adapter's config, the sizes and the fingerprint of its
+base, and a version. Both files are data: nothing in them is executed.
 """
 
 import contextlib
@@ -32,17 +32,33 @@ from sira_jax.checkpoints.safetensors import (
 )
 from sira_jax.errors import CheckpointError, ConfigError, ModelFileError
 from sira_jax.files import write_text
-from sira_jax.models import ModelConfig, fresh_adapter, make_model
+from sira_jax.models import (
+    DecoderConfig,
+    EncoderDecoderConfig,
+    ModelConfig,
+    fresh_adapter,
+    make_model,
+)
 from sira_jax.models.config import DTYPES as MODEL_DTYPES
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 TYPE = "sira_jax"
 VERSION = 1
-# Sizes of the base that an adapter's shapes follow from, fields of ModelConfig.
-SIZES = ("num_layers", "emb_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
+# Sizes of the base that an adapter's shapes follow from, fields of its config. The first tells a file which config it is of.
+SIZES = {
+    DecoderConfig: ("num_layers", "emb_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"),
+    EncoderDecoderConfig: (
+        "num_encoder_layers",
+        "num_decoder_layers",
+        "emb_dim",
+        "num_heads",
+        "head_dim",
+        "mlp_dim",
+    ),
+}
 _FIELDS = ("type", "version", "adapter", "base")
-_BASE_FIELDS = ("fingerprint", "param_dtype", *SIZES)
+_BASE_FIELDS = ("fingerprint", "param_dtype")
 _PICKLE = "adapter_model.bin"
 _LISTED = 3  # tensors named in one message
 differences = functools.partial(layout.differences, most=_LISTED)
@@ -56,7 +72,7 @@ class AdapterHeader:
       config: of the adapter, its method among the fields.
       fingerprint: of the base it was trained on, `checkpoints.fingerprint`.
       param_dtype: type that base was held in.
-      sizes: the fields SIZES of the base's ModelConfig.
+      sizes: the fields SIZES of the base's config.
     """
 
     config: AdapterConfig
@@ -141,7 +157,7 @@ def save_adapter(
         "base": {
             "fingerprint": base_fingerprint,
             "param_dtype": model_config.param_dtype,
-            **{name: getattr(model_config, name) for name in SIZES},
+            **{name: getattr(model_config, name) for name in SIZES[type(model_config)]},
         },
     }
     write_folder(path, content, arrays)
@@ -203,13 +219,14 @@ def read_header(path: str | os.PathLike) -> AdapterHeader:
     base = content["base"]
     if not isinstance(base, Mapping):
         raise CheckpointError(f"{file}: base={base!r} is not allowed: an object")
-    _check_fields(file, "base.", base, _BASE_FIELDS)
+    sizes_of_base = _sizes_of(base)
+    _check_fields(file, "base.", base, (*_BASE_FIELDS, *sizes_of_base))
     fingerprint = base["fingerprint"]
     if not isinstance(fingerprint, str) or not re.fullmatch("[0-9a-f]{64}", fingerprint):
         raise CheckpointError(
             f"{file}: base.fingerprint={fingerprint!r} is not allowed: 64 hexadecimal digits"
         )
-    for name in SIZES:
+    for name in sizes_of_base:
         if type(base[name]) is not int or base[name] < 1:
             raise CheckpointError(
                 f"{file}: base.{name}={base[name]!r} is not allowed: a whole number over 0"
@@ -225,8 +242,16 @@ def read_header(path: str | os.PathLike) -> AdapterHeader:
         raise CheckpointError(f"{file}: {error}") from None
     if config is None:
         raise CheckpointError(f"{file}: adapter.method='none' is not allowed: there is no adapter")
-    sizes = {name: base[name] for name in SIZES}
+    sizes = {name: base[name] for name in sizes_of_base}
     return AdapterHeader(config, fingerprint, base["param_dtype"], sizes)
+
+
+def _sizes_of(base: Mapping) -> tuple[str, ...]:
+    """The sizes a file has to name: those of the config whose first one it names, of a decoder's if it names none."""
+    for names in SIZES.values():
+        if names[0] in base:
+            return names
+    return SIZES[DecoderConfig]
 
 
 def _check_fields(file: str, where: str, content: Mapping, known: tuple[str, ...]) -> None:
@@ -300,7 +325,7 @@ def check_base(
     """Raises CheckpointError if the adapter in the folder `path` was trained on another base."""
     file = os.path.join(path, CONFIG)
     for name, size in header.sizes.items():
-        own = getattr(model_config, name)
+        own = getattr(model_config, name, None)  # a base of another kind has no such size
         if size != own:
             raise CheckpointError(f"{file}: base.{name}={size}, but the loaded base has {own}")
     if header.fingerprint != base_fingerprint:

@@ -9,6 +9,9 @@ from types import MappingProxyType
 
 from sira_jax.errors import ConfigError
 from sira_jax.models.config import DecoderConfig, RopeScaling
+from sira_jax.models.encoder_decoder_config import EncoderDecoderConfig
+from sira_jax.models.factory import ModelConfig
+from sira_jax.models.t5_presets import T5_PRESETS, count_t5_parameters
 
 
 def _smollm2(**sizes: int | float) -> DecoderConfig:
@@ -202,20 +205,21 @@ PRESETS = MappingProxyType(
 )
 
 
-def preset(name: str, **overrides: object) -> DecoderConfig:
+def preset(name: str, **overrides: object) -> ModelConfig:
     """Returns the config of a published size.
 
     Args:
-      name: a key of PRESETS, in any case ("SmolLM2-135M").
-      **overrides: fields of DecoderConfig to change, for example `dtype="bfloat16"`.
+      name: a key of PRESETS or T5_PRESETS, in any case ("SmolLM2-135M").
+      **overrides: fields of its config to change, for example `dtype="bfloat16"`.
 
     Raises:
       ConfigError: if there is no such preset or field, or a field's value is not allowed.
     """
-    config = PRESETS.get(name.lower())
+    presets = {**PRESETS, **T5_PRESETS}
+    config = presets.get(name.lower())
     if config is None:
-        raise ConfigError(f"model.preset={name!r} is not allowed: one of {', '.join(PRESETS)}")
-    known = [field.name for field in dataclasses.fields(DecoderConfig)]
+        raise ConfigError(f"model.preset={name!r} is not allowed: one of {', '.join(presets)}")
+    known = [field.name for field in dataclasses.fields(config)]
     for field, value in overrides.items():
         if field not in known:
             raise ConfigError(
@@ -224,8 +228,10 @@ def preset(name: str, **overrides: object) -> DecoderConfig:
     return dataclasses.replace(config, **overrides)
 
 
-def count_parameters(config: DecoderConfig) -> int:
-    """Returns the number of parameters of the decoder without adapters."""
+def count_parameters(config: ModelConfig) -> int:
+    """Returns the number of parameters of a model without adapters."""
+    if isinstance(config, EncoderDecoderConfig):
+        return count_t5_parameters(config)
     width, queries = config.emb_dim, config.num_heads * config.head_dim
     keys = config.num_kv_heads * config.head_dim
     attention = 2 * width * queries + 2 * width * keys
