@@ -27,6 +27,7 @@ from sira_jax.checkpoints.safetensors import (
     read_json,
     write_safetensors,
 )
+from sira_jax.checkpoints.text_part import text_part
 from sira_jax.checkpoints.tokenizer import (
     SpecialTokens,
     added_token_id,
@@ -88,8 +89,8 @@ def load_base_model(
 
     Args:
       path: a Hugging Face folder (config.json, safetensors in one file or in shards,
-        tokenizer.json) of model_type llama, mistral or qwen2, or a GGUF file of architecture llama
-        or qwen2.
+        tokenizer.json) or a GGUF file; docs/models.md lists the families. Of a Gemma 3 that reads
+        images, the language model is loaded.
       param_dtype: type the parameters are held in: float32, bfloat16 or float16.
       dtype: type of the computation.
       scan_layers: stack the layers' parameters along axis 0.
@@ -115,7 +116,7 @@ def load_base_model(
             return _describe_gguf(source, params)
     config = read_decoder_config(path, **options)
     with contextlib.closing(SafetensorsFolder(path)) as tensors:
-        params = load_params(tensors, config, sharding_fn)
+        params = load_params(text_part(tensors), config, sharding_fn)
     return _describe_folder(path, config, params)
 
 
@@ -268,7 +269,7 @@ def save_hf_folder(
 
     Args:
       path: the folder; made if it is not there, files of the same names are replaced.
-      config: of the model; written as model_type qwen2 if q, k and v have biases, else llama.
+      config: of the model; its fields say which model_type is written.
       params: the decoder's plain parameters, without adapters; each is written in its own type.
       tokenizer_json: text of tokenizer.json.
       special: ids for generation_config.json.
@@ -276,9 +277,11 @@ def save_hf_folder(
       max_shard_bytes: a weights file never holds more, unless one tensor does.
 
     Raises:
-      ModelFileError: if the parameters are not those of the config, for example unmerged adapters.
+      ModelFileError: if the parameters are not those of the config, for example unmerged adapters,
+        or if no model_type describes the config.
     """
     path = os.fspath(path)
+    hf_config = to_hf_config(config)
     special = special or SpecialTokens()
     shards = _shards(list(_tensors_to_write(config, params)), max_shard_bytes)
     os.makedirs(path, exist_ok=True)
@@ -313,7 +316,7 @@ def save_hf_folder(
             _TOKENIZER_CONFIG,
             _tokenizer_config(tokenizer_json, special, chat_template, config.max_positions),
         )
-    _write_json(path, CONFIG, {**to_hf_config(config), **ids})
+    _write_json(path, CONFIG, {**hf_config, **ids})
 
 
 def _tensors_to_write(config: DecoderConfig, params: Mapping) -> Iterator[TensorToWrite]:

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
 
 import numpy as np
 
@@ -15,7 +14,6 @@ from sira_jax.models.config import DecoderConfig
 from sira_jax.models.rope import LinearRopeScaling, RopeScaling
 
 ROPE_FACTORS = "rope_freqs.weight"
-_NOTHING: Mapping[str, object] = MappingProxyType({})
 _BLOCK_NAMES: Mapping[str, str] = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -53,8 +51,8 @@ class Architecture:
         which no field says.
     """
 
-    block_names: Mapping[str, str] = MappingProxyType(_BLOCK_NAMES)
-    fixed: Mapping[str, object] = _NOTHING
+    block_names: Mapping[str, str] = dataclasses.field(default_factory=lambda: _BLOCK_NAMES)
+    fixed: Mapping[str, object] = dataclasses.field(default_factory=dict)
     is_permuted: bool = False
     has_norms_plus_one: bool = False
     windows_of: int | None = None

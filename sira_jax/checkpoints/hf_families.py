@@ -4,7 +4,6 @@ and the published config.json files [O].
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 
 from sira_jax.models.config import DecoderConfig
 
@@ -23,7 +22,6 @@ _TELLING = (
     "qkv_bias",
 )
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(DecoderConfig)}
-_NOTHING: Mapping[str, object] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +41,9 @@ class Family:
     """
 
     architecture: str
-    fixed: Mapping[str, object] = _NOTHING
+    fixed: Mapping[str, object] = dataclasses.field(default_factory=dict)
     free: frozenset[str] = frozenset()
-    defaults: Mapping[str, object] = _NOTHING
+    defaults: Mapping[str, object] = dataclasses.field(default_factory=dict)
     is_windowed: Callable[[int, Mapping[str, object]], bool] | None = None
     has_layer_types: bool = False
     needs_flag: bool = False
