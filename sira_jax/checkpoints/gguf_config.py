@@ -8,12 +8,13 @@ import numpy as np
 
 from sira_jax.checkpoints.gguf_header import GGUFHeader
 from sira_jax.checkpoints.hf_config import make_config
-from sira_jax.checkpoints.hf_families import FAMILIES
+from sira_jax.checkpoints.hf_families import FAMILIES, shortest_pattern
 from sira_jax.errors import ModelFileError
 from sira_jax.models.config import DecoderConfig
 from sira_jax.models.rope import LinearRopeScaling, RopeScaling
 
 ROPE_FACTORS = "rope_freqs.weight"
+_MOST_LAYERS = 1000  # from one global layer to the next
 _BLOCK_NAMES: Mapping[str, str] = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -185,10 +186,17 @@ def _window(fields: _Metadata, kind: Architecture) -> dict[str, object]:
         return {}
     if kind.windows_of is None:
         raise fields.refuse(key, window, "0, full attention")
-    period = fields.get("attention.sliding_window_pattern", kind.windows_of)
-    if type(period) is not int or not 0 < period < 1000:
-        raise fields.refuse("attention.sliding_window_pattern", period, "a whole number over 0")
-    found = {"sliding_window": window, "window_pattern": (True,) * (period - 1) + (False,)}
+    key = "attention.sliding_window_pattern"
+    period = fields.metadata.get(f"{fields.arch}.{key}", kind.windows_of)
+    if isinstance(period, list) and period and all(type(own) is bool for own in period):
+        pattern = shortest_pattern(tuple(period))
+    elif type(period) is int and 0 < period < _MOST_LAYERS:
+        pattern = (True,) * (period - 1) + (False,)
+    else:
+        raise fields.refuse(key, period, "a whole number over 0, or a list of true and false")
+    if True not in pattern:
+        return {}
+    found = {"sliding_window": window, "window_pattern": pattern}
     if kind.windowed_theta is not None:
         found["local_rope_theta"] = fields.number("rope.freq_base_swa", kind.windowed_theta)
     return found

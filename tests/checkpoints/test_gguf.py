@@ -9,10 +9,11 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 
 from sira_jax.checkpoints import load_base_model, read_config
-from sira_jax.checkpoints.gguf import GGUFSource, rope_divisors, unpermute
+from sira_jax.checkpoints.gguf import GGUFSource, unpermute
+from sira_jax.checkpoints.gguf_config import rope_divisors
 from sira_jax.errors import ModelFileError
-from sira_jax.models.config import RopeScaling
 from sira_jax.models.decoder import Decoder
+from sira_jax.models.rope import LinearRopeScaling, RopeScaling
 from tests.gguf_models import permute, tokenizer_fields, write_gguf
 from tests.hf_models import (
     TINY_LLAMA,
