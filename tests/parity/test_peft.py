@@ -10,7 +10,7 @@ from sira_jax.checkpoints.adapter_file import abstract_adapter
 from sira_jax.checkpoints.peft import can_export, load_peft, save_peft
 from sira_jax.models import Decoder
 from sira_jax.training.train_state import merge_params
-from tests.hf_models import TINY_LLAMA, TINY_QWEN2, weights_by_rule, write_folder
+from tests.hf_models import FAMILIES, TINY_LLAMA, TINY_QWEN2, weights_by_rule, write_folder
 from tests.tiny import draw
 
 torch = pytest.importorskip("torch")
