@@ -26,13 +26,14 @@ class DecoderConfig:
       norm_eps: epsilon of RMSNorm.
       norm_plus_one: RMSNorm multiplies by 1 + its parameter (Gemma).
       qk_norm: RMSNorm on each head of q and k, before the rotation (Qwen3, Gemma 3).
-      sandwich_norms: further norms on what attention and MLP give, before it is added to the stream (Gemma 2 and 3).
+      sandwich_norms: further norms on what attention and MLP give, before it is added to the stream (Gemma 2 and 3;
+        arXiv 2105.13290).
       scale_embeddings: token embeddings are multiplied by sqrt(emb_dim), rounded to `dtype` (Gemma); the logits are not.
       query_pre_attn_scalar: attention logits are q . k / sqrt(this); None: head_dim.
       attention_softcap: attention logits x become cap * tanh(x / cap) (Gemma 2); None: they stay.
       final_softcap: the same of the logits over the vocabulary.
-      sliding_window: a token of a windowed layer sees this many tokens of its segment, itself the last; None: no layer is
-        windowed.
+      sliding_window: a token of a windowed layer sees this many tokens of its segment, itself the last (arXiv 2310.06825);
+        None: no layer is windowed.
       window_pattern: which layers are windowed, repeated over the layers: (True,) all, (True, False) every other one
         beginning with the first. Without sliding_window it has no meaning.
       rope_theta: base of the rotary frequencies.

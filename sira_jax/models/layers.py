@@ -98,7 +98,10 @@ class Projections(nn.Module):
 
 
 class Attention(Projections):
-    """Causal self-attention with grouped queries and rotary positions (arXiv 2305.13245, 2104.09864)."""
+    """Causal self-attention with grouped queries and rotary positions (arXiv 2305.13245, 2104.09864).
+
+    As the config says, each head of q and k is normed before it is rotated (arXiv 2010.04245), and the logits are capped.
+    """
 
     @nn.compact
     def __call__(
