@@ -19,7 +19,7 @@ def logits(model, ids):
     return np.asarray(Decoder(model.config).apply({"params": model.params}, batch))[0]
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("scan_layers", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_transformers(tmp_path, name, scan_layers):
     expected = MODELS[name]

@@ -284,6 +284,7 @@ def test_one_beam_is_greedy(frozen, expected):
     assert got == [cut_at_stop(row, eos_ids) for row in expected]
 
 
+@pytest.mark.slow
 def test_beams_of_layers_apart_and_of_batches_agree():
     model, params = build(LORA)
     config = DecodeConfig(strategy="beam", num_beams=3, max_new_tokens=4, batch_size=5)
