@@ -27,7 +27,7 @@ GEMMA_NAMES = {
 }
 
 
-def gguf_name(name: str, block_names: Mapping[str, str]) -> str:
+def gguf_name(name: str, block_names: Mapping[str, str] = BLOCK_NAMES) -> str:
     parts = name.split(".")
     if parts[1] == "layers":
         return f"blk.{parts[2]}.{block_names['.'.join(parts[3:-1])]}.{parts[-1]}"
