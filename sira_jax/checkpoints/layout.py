@@ -58,11 +58,24 @@ def _decoder_leaves(config: DecoderConfig) -> list[Leaf]:
         (("attention", "k", "kernel"), (d, kv), "self_attn.k_proj.weight"),
         (("attention", "v", "kernel"), (d, kv), "self_attn.v_proj.weight"),
         (("attention", "o", "kernel"), (q, d), "self_attn.o_proj.weight"),
-        (("mlp_norm", "scale"), (d,), "post_attention_layernorm.weight"),
         (("mlp", "gate", "kernel"), (d, f), "mlp.gate_proj.weight"),
         (("mlp", "up", "kernel"), (d, f), "mlp.up_proj.weight"),
         (("mlp", "down", "kernel"), (f, d), "mlp.down_proj.weight"),
     ]
+    if config.sandwich_norms:
+        # What other families call post_attention is the norm before the MLP.
+        block += [
+            (("post_attention_norm", "scale"), (d,), "post_attention_layernorm.weight"),
+            (("mlp_norm", "scale"), (d,), "pre_feedforward_layernorm.weight"),
+            (("post_mlp_norm", "scale"), (d,), "post_feedforward_layernorm.weight"),
+        ]
+    else:
+        block += [(("mlp_norm", "scale"), (d,), "post_attention_layernorm.weight")]
+    if config.qk_norm:
+        block += [
+            (("attention", "q_norm", "scale"), (config.head_dim,), "self_attn.q_norm.weight"),
+            (("attention", "k_norm", "scale"), (config.head_dim,), "self_attn.k_norm.weight"),
+        ]
     if config.qkv_bias:
         block += [
             (("attention", "q", "bias"), (q,), "self_attn.q_proj.bias"),
