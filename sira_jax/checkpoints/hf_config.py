@@ -15,6 +15,7 @@ from sira_jax.models.rope import LinearRopeScaling, RopeScaling
 CONFIG = "config.json"
 # A model_type that has a language model beside others, and the model_type of that, whose fields are in text_config.
 _WITH_TEXT_PART = {"gemma3": "gemma3_text"}
+MODEL_TYPES = (*FAMILIES, *_WITH_TEXT_PART)
 _ACTIVATIONS = {
     "silu": ("hidden_act", ("silu", "swish")),
     "gelu_tanh": ("hidden_activation", ("gelu_pytorch_tanh",)),
@@ -110,8 +111,7 @@ def read_decoder_config(path: str, **options: object) -> DecoderConfig:
             raise ModelFileError(f"{file}: text_config={content!r} is not supported: an object")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        allowed = ", ".join((*FAMILIES, *_WITH_TEXT_PART))
-        raise Fields(file, content).fail("model_type", f"one of {allowed}")
+        raise Fields(file, content).fail("model_type", f"one of {', '.join(MODEL_TYPES)}")
     fields = Fields(file, content, family.defaults, prefix)
     _check_activation(fields, family)
     for field in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):

@@ -29,9 +29,10 @@ def t5x_shapes(config, scanned=False):
             block["mlp", name, "kernel"] = (d, f)
         for attention in attentions:
             block[norms[attention], "scale"] = (d,)
+            heads = (config.num_heads, config.head_dim) if scanned else (e,)
             for name in ("query", "key", "value"):
-                block[attention, name, "kernel"] = (d, e)
-            block[attention, "out", "kernel"] = (e, d)
+                block[attention, name, "kernel"] = (d, *heads)
+            block[attention, "out", "kernel"] = (*heads, d)
         if scanned:
             block["relpos_bias", "rel_embedding"] = relpos
             for path, (first, *rest) in block.items():

@@ -114,7 +114,9 @@ REFUSED = {
     "quantization_config": changed(quantization_config={}),
     "decoder_start_id=64.*vocab_size - 1 = 63": changed(decoder_start_token_id=64),
     "relpos_num_buckets=30": changed(relative_attention_num_buckets=30),
-    "model_type='longt5'": changed(model_type="longt5"),
+    "model_type='longt5' is not supported: one of llama, .*, t5, mt5, umt5": changed(
+        model_type="longt5"
+    ),
 }
 
 
