@@ -98,7 +98,7 @@ def by_module(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     modules: dict[str, list[str]] = {}
     for name, shape in shapes.items():
         module, leaf = re.fullmatch(
-            r"(.*_proj|layers\.\d+(?:\.\w+){2}|layers\.\d+\.\w+)\.(.*)", name
+            r"(.*_proj|(?:\w+\.)?layers\.\d+(?:\.\w+){2}|(?:\w+\.)?layers\.\d+\.\w+)\.(.*)", name
         ).groups()
         modules.setdefault(module, []).append(f"{leaf} {shape}")
     return {module: ", ".join(leaves) for module, leaves in modules.items()}

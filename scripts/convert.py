@@ -2,6 +2,7 @@
 
   python scripts/convert.py hf models/qwen2 models/qwen2-bfloat16 --dtype=bfloat16
   python scripts/convert.py gguf smollm2-135m models/smollm2
+  python scripts/convert.py t5x checkpoints/t5_1_1_small models/t5 --preset=t5-1.1-small --spiece=spiece.model
   python scripts/convert.py adapter runs/sira adapters/sira --checkpoint=best
   python scripts/convert.py to-peft runs/lora exports/lora-peft
   python scripts/convert.py from-peft downloads/lora-peft adapters/lora --base=models/smollm2
@@ -16,12 +17,13 @@ import dataclasses
 import os
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scripts.arguments import Parser
+from scripts.arguments import Parser, parse_value
 from scripts.cli import run_main
 from scripts.conversion import (
     by_module,
@@ -43,9 +45,13 @@ from sira_jax.checkpoints import (
 from sira_jax.checkpoints.gguf import GGUFSource
 from sira_jax.checkpoints.layout import flatten, leaves
 from sira_jax.checkpoints.safetensors import SafetensorsFolder
+from sira_jax.checkpoints.t5_layout import t5x_layout
+from sira_jax.checkpoints.t5x import T5XSource, load_t5x
 from sira_jax.errors import ConfigError
-from sira_jax.models import make_model
+from sira_jax.models import EncoderDecoderConfig, make_model
 from sira_jax.models.config import DTYPES
+from sira_jax.models.presets import preset
+from sira_jax.models.t5_presets import T5_PRESETS
 from sira_jax.training.merging import merge_error
 from sira_jax.training.train_state import merge_params
 
@@ -90,6 +96,38 @@ def convert_gguf(args: Namespace) -> None:
         )
         for name, tensor in stored.items()
     )
+
+
+def convert_t5x(args: Namespace) -> None:
+    """A checkpoint of T5X, layers apart or scanned, to a Hugging Face folder."""
+    config = preset(args.preset, **_fields(args.set), param_dtype=args.dtype)
+    if not isinstance(config, EncoderDecoderConfig):
+        raise ConfigError(f"--preset={args.preset} is not allowed: one of {', '.join(T5_PRESETS)}")
+    model = load_t5x(args.source, config, spiece=args.spiece)
+    ours = {
+        (leaf.path, layer): name
+        for leaf in t5x_layout(config).leaves
+        for layer, name in enumerate(leaf.names)
+    }
+    with contextlib.closing(T5XSource(args.source)) as source:
+        stored = {place: source.stored_name(name) for place, name in ours.items()}
+    _save_model(args, model)
+    print_mapping(
+        (stored[leaf.path, layer], f"{name} {leaf.tensor_shape} {args.dtype}")
+        for leaf in leaves(config)
+        for layer, name in enumerate(leaf.names)
+    )
+
+
+def _fields(pairs: Sequence[str]) -> dict[str, object]:
+    """FIELD=VALUE of --set as keyword arguments."""
+    fields = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--set={pair} is not allowed: FIELD=VALUE")
+        fields[name] = parse_value(value)
+    return fields
 
 
 def _save_model(args: Namespace, model: BaseModel) -> None:
@@ -212,6 +250,15 @@ def _parser() -> Parser:
         add(name, run, "SRC").add_argument(
             "--dtype", choices=DTYPES, default="float32", help="type of the parameters"
         )
+    command = add("t5x", convert_t5x, "CHECKPOINT")
+    command.add_argument("--preset", required=True, help="sizes of the model, t5-1.1-small ...")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="another size; repeatable"
+    )
+    command.add_argument("--spiece", help="SentencePiece model of the vocabulary")
+    command.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="type of the parameters"
+    )
     for name, run in (
         ("adapter", convert_adapter),
         ("to-peft", convert_to_peft),

@@ -35,7 +35,7 @@ from sira_jax.checkpoints.adapter_file import (
 from sira_jax.checkpoints.layout import flatten
 from sira_jax.checkpoints.safetensors import SafetensorsFile
 from sira_jax.errors import CheckpointError, ConfigError
-from sira_jax.models import DecoderConfig
+from sira_jax.models import DecoderConfig, ModelConfig
 
 # Path in a block -> the module's name in a layer of transformers' model.
 MODULES = {
@@ -71,11 +71,20 @@ def can_export(config: AdapterConfig | type[AdapterConfig]) -> bool:
     return issubclass(config if isinstance(config, type) else type(config), LowRankConfig)
 
 
+def _check_decoder(model_config: ModelConfig) -> None:
+    """Raises CheckpointError for a base whose modules have no names here."""
+    if not isinstance(model_config, DecoderConfig):
+        raise CheckpointError(
+            "adapters of an encoder-decoder are neither written as PEFT adapters nor read from them; `convert.py merge`"
+            " writes the merged model"
+        )
+
+
 def save_peft(
     path: str | os.PathLike,
     config: AdapterConfig,
     adapter: Mapping[str, Any],
-    model_config: DecoderConfig,
+    model_config: ModelConfig,
     base_params: Mapping[str, Any],
     base_name: str | None = None,
 ) -> None:
@@ -99,6 +108,7 @@ def save_peft(
             f"adapter.method={config.method!r} cannot be written as a PEFT adapter: PEFT's LoRA is one low-rank pair a"
             f" projection, the same for all tokens, which this method is not; those that are: {', '.join(known)}"
         )
+    _check_decoder(model_config)
     check_tree(config, adapter, model_config)
     parts = _parts(config, adapter, base_params)
     values = {name: (layers[0].a_RD.shape[0], layers[0].alpha) for name, layers in parts.items()}
@@ -184,7 +194,7 @@ def _tensors(module: str, part: _Part) -> dict[str, np.ndarray]:
 
 
 def load_peft(
-    path: str | os.PathLike, model_config: DecoderConfig, base_params: Mapping[str, Any]
+    path: str | os.PathLike, model_config: ModelConfig, base_params: Mapping[str, Any]
 ) -> tuple[AdapterConfig, dict[str, Any]]:
     """Reads a PEFT folder as our lora or dora.
 
@@ -200,6 +210,7 @@ def load_peft(
       ModelFileError: a file is missing or damaged, or a tensor is missing, unexpected or misshapen.
       CheckpointError: naming the field, if the config describes what lora and dora do not compute.
     """
+    _check_decoder(model_config)
     file, content = read_config_file(path)
     _check_fields(file, content)
     with contextlib.closing(open_weights(path)) as source:
