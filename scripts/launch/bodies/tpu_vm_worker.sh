@@ -54,7 +54,7 @@ alive() {
 run() {
   mount_bucket
   touch "$LOG"
-  tail --follow=name --lines=0 "$LOG" &
+  tail --follow=name --lines=0 --pid="$$" "$LOG" &
   local watcher=$!
   if ! alive; then
     sudo systemctl reset-failed "$UNIT" 2>/dev/null || true
