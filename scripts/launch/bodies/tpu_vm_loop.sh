@@ -13,12 +13,16 @@ tpu() {
 # READY, PREEMPTED, ...; empty if there is no such slice; fails if gcloud does.
 state() { tpu list --filter="name ~ /$NAME\$" --format="value(state)"; }
 
-on_every_host() { tpu ssh "$NAME" --worker=all --command="bash worker-$NAME.sh $*"; }
+# A host that vanished says nothing: without the keep-alive, ssh would wait for it for ever.
+on_every_host() {
+  tpu ssh "$NAME" --worker=all --command="bash worker-$NAME.sh $*" \
+    --ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oServerAliveCountMax=4
+}
 
 make_ready() {
   local attempts=0 now
   while :; do
-    now="$(state)" || now=UNKNOWN
+    now="$(state)" || now=SILENT
     case "$now" in
       READY) return 0 ;;
       "")
@@ -30,11 +34,11 @@ make_ready() {
         say "creating $NAME, attempt $attempts of $CREATE_ATTEMPTS"
         tpu create "$NAME" "${CREATE_OPTIONS[@]}" || sleep "$PAUSE"
         ;;
-      PREEMPTED | TERMINATED | STOPPED)
+      PREEMPTED | TERMINATED | STOPPED | UNKNOWN)  # UNKNOWN: after a failed repair.
         say "$NAME is $now: deleting it, to create it anew"
         tpu delete "$NAME" || sleep "$PAUSE"
         ;;
-      UNKNOWN)
+      SILENT)
         attempts=$((attempts + 1))
         if [ "$attempts" -ge "$CREATE_ATTEMPTS" ]; then
           say "gcloud does not answer"
