@@ -34,8 +34,8 @@ from sira_jax.checkpoints.safetensors import (
 from sira_jax.errors import CheckpointError, ConfigError, ModelFileError
 from sira_jax.files import write_text
 from sira_jax.models import Decoder, DecoderConfig
+from sira_jax.models.adapter_init import fresh_adapter
 from sira_jax.models.config import DTYPES as MODEL_DTYPES
-from sira_jax.models.decoder import fresh_adapter
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -3,6 +3,7 @@
 import dataclasses
 
 from sira_jax.errors import check, is_finite_number, is_whole_number
+from sira_jax.models.stacks import Stack
 
 REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -85,6 +86,11 @@ class DecoderConfig:
     param_dtype: str = "float32"
     scan_layers: bool = True
     remat_policy: str = "none"
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The one of all blocks, at the root of the parameter tree."""
+        return (Stack((), self.num_layers, self.projections),)
 
     @property
     def projections(self) -> dict[str, tuple[int, int]]:

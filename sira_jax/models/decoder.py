@@ -10,10 +10,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sira_jax.adapters import AdapterConfig, AdapterContext, LayerLink, is_adapter, partition
-from sira_jax.errors import ConfigError
+from sira_jax.adapters import AdapterConfig, AdapterContext, LayerLink
 from sira_jax.models.config import DecoderConfig
 from sira_jax.models.layers import MLP, Attention, RMSNorm, rotary_tables
+from sira_jax.models.stacking import advance_cache, initial_carry
 
 Batch = Mapping[str, jax.Array]
 
@@ -121,6 +121,11 @@ class Decoder(nn.Module):
                 ),
             )
 
+    @nn.nowrap
+    def init_batch(self) -> dict[str, jax.Array]:
+        """The smallest batch to initialise with: a model's parameters do not depend on it."""
+        return {"decoder_input_tokens": jnp.zeros((1, 2), jnp.int32)}
+
     def __call__(
         self,
         batch: Batch,
@@ -175,67 +180,23 @@ class Decoder(nn.Module):
             cache_index = None
             mask_BTS = attention_mask(segments_BT, segments_BT, 0)
         else:
-            cache_index, key_segments_BS = self._advance_cache(segments_BT, cache_length)
+            cache_index, key_segments_BS = advance_cache(self, segments_BT, cache_length)
             mask_BTS = attention_mask(segments_BT, key_segments_BS, cache_index)
         rotary = rotary_tables(positions_BT, self.config)
         x_BTD = self.token_embedder(tokens_BT)
-        state = (x_BTD, self._initial_carry(tokens_BT.shape))
+        projections = self.config.projections
+        shapes = dict.fromkeys(projections, tokens_BT.shape)
+        carry = initial_carry(self.adapter, projections, shapes, self.config.dtype)
+        state = (x_BTD, carry)
         for block in [self.layers] if self.config.scan_layers else self.layers:
             state, _ = block(state, mask_BTS, rotary, context, cache_index)
         return self.final_norm(state[0])
-
-    def _initial_carry(self, batch_shape):
-        """What the adapters of the first layer find of a layer before, by projection; empty for most methods."""
-        carry = {}
-        for path, (d_in, d_out) in self.config.projections.items():
-            adapter = self.adapter and self.adapter.for_projection(path)
-            if adapter:
-                first = adapter.initial_carry(
-                    d_in, d_out, batch_shape, jnp.dtype(self.config.dtype)
-                )
-                carry |= {} if first is None else {path: first}
-        return carry
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Projects activations (..., D) onto the vocabulary, (..., V), in float32."""
         if self.config.tie_embeddings:
             return self.token_embedder.attend(x_BTD).astype(jnp.float32)
         return self.lm_head(x_BTD).astype(jnp.float32)
-
-    def _advance_cache(self, segments_BT, cache_length):
-        """Returns the slot where this call's tokens go and the segment ids of all slots, these tokens' included."""
-        if self.has_variable("cache", "index"):
-            start = self.get_variable("cache", "index")
-            slots_BS = self.get_variable("cache", "segment_ids")
-        else:
-            start = jnp.zeros((), jnp.int32)
-            slots_BS = jnp.zeros((segments_BT.shape[0], cache_length), jnp.int32)
-        slots_BS = jax.lax.dynamic_update_slice_in_dim(
-            slots_BS, segments_BT.astype(jnp.int32), start, axis=1
-        )
-        self.put_variable("cache", "segment_ids", slots_BS)
-        self.put_variable("cache", "index", start + segments_BT.shape[1])
-        return start, slots_BS
-
-
-def fresh_adapter(model: Decoder, key: jax.Array) -> dict[str, Any]:
-    """The fresh adapter tree of a model, float32; empty without an adapter. To be traced, by jax.jit or jax.eval_shape.
-
-    The base is not computed: the compiler drops what is not returned.
-
-    Raises:
-      ConfigError: the adapter's targets match no projection of the model.
-    """
-    config = model.adapter
-    if config is None:
-        return {}
-    tokens = {"decoder_input_tokens": jnp.zeros((1, 2), jnp.int32)}
-    adapter, _ = partition(nn.unbox(model.init(key, tokens)["params"]), is_adapter)
-    if not adapter:
-        raise ConfigError(
-            f"adapter.targets={config.targets!r} is not allowed: it matches no projection of the model"
-        )
-    return config.initialise(adapter, jax.random.fold_in(key, 1))
 
 
 def prompt_mask(segments_BT: jax.Array, loss_weights_BT: jax.Array | None) -> jax.Array:

@@ -67,14 +67,16 @@ def apply_rotary(x_BTHP: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.
 class Projections(nn.Module):
     """Base of modules that hold adapted projections: builds each with the adapter its path selects."""
 
-    config: DecoderConfig
+    config: Any
     adapter: AdapterConfig | None
+    # Of the stack the block is in, "encoder/"; it opens the path.
+    prefix: str = ""
 
     def dense(
         self, name: str, features: int, axes: tuple[str, str], use_bias: bool = False
     ) -> AdaptedDense:
-        """The projection `name` of this module; its path for adapter targets is "<module name>/<name>"."""
-        path = f"{self.name}/{name}"
+        """The projection `name` of this module; its path for adapter targets is "<prefix><module name>/<name>"."""
+        path = f"{self.prefix}{self.name}/{name}"
         adapter = self.adapter and self.adapter.for_projection(path)
         return AdaptedDense(
             features=features,

@@ -10,7 +10,7 @@ from flax import struct, traverse_util
 
 from sira_jax.adapters import is_adapter, partition, split_trained
 from sira_jax.models import Decoder
-from sira_jax.models.decoder import fresh_adapter
+from sira_jax.models.adapter_init import fresh_adapter
 from sira_jax.training import partitioning
 
 Params = dict[str, Any]
@@ -66,7 +66,7 @@ def abstract_adapter(model: Decoder, mesh: jax.sharding.Mesh) -> Params:
 
 
 def init_adapter(model: Decoder, seed: int) -> Params:
-    """Fresh parameters of the adapter, float32; see `models.decoder.fresh_adapter`.
+    """Fresh parameters of the adapter, float32; see `models.fresh_adapter`.
 
     Raises:
       ConfigError: if the adapter's targets match no projection of the model.
