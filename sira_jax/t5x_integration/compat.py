@@ -81,7 +81,9 @@ def prepare() -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         sources = ", ".join(f"{name} ({NEEDED[name]})" for name in missing)
-        raise DependencyError(f"T5X cannot be used, these modules are missing: {sources}. {INSTALL}")
+        raise DependencyError(
+            f"T5X cannot be used, these modules are missing: {sources}. {INSTALL}"
+        )
     check_versions(installed_versions())
     mend_pjit(importlib.import_module("jax.experimental.pjit"))
 
