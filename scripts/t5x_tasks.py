@@ -1,0 +1,36 @@
+"""Tasks by name for the gin files of T5X: this project's with the model's vocabulary, and any others that SeqIO knows."""
+
+import difflib
+
+import seqio
+
+from sira_jax.errors import DataError
+from tasks import registry, specs
+
+
+def with_vocabulary(name: str, vocabulary: seqio.Vocabulary) -> str:
+    """The name under which SeqIO has the task or mixture `name` with this vocabulary.
+
+    A task of this project that is registered with another vocabulary is registered once more, as NAME__ and a digest of the
+    vocabulary. Any other task keeps its own vocabulary, which T5X compares with the model's.
+
+    Raises:
+      DataError: there is no such task.
+    """
+    known = (*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names())
+    if name not in known:
+        close = difflib.get_close_matches(str(name), known, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise DataError(
+            f"MIXTURE_OR_TASK_NAME={name!r}: no such task; {hint}a task of your own is imported in a gin file;"
+            " scripts/show_task.py --list names this project's"
+        )
+    if name not in (*specs.TASKS, *specs.MIXTURES):
+        return name
+    features = seqio.get_mixture_or_task(name).output_features
+    if all(feature.vocabulary == vocabulary for feature in features.values()):
+        return name
+    digest = registry.as_vocabulary(vocabulary).fingerprint()[:8]
+    bound = f"{name}__{digest}"
+    registry.bind(name, vocabulary, register_as=bound)
+    return bound
