@@ -168,6 +168,7 @@ def test_what_the_code_imports_is_required():
     """Every third-party module that is imported at all belongs to a listed requirement."""
     named_otherwise = {
         "absl": "absl-py",
+        "google": "protobuf",
         "ml_collections": "ml-collections",
         "ml_dtypes": "ml-dtypes",
         "orbax": "orbax-checkpoint",

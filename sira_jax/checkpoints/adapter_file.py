@@ -1,9 +1,9 @@
 """Our adapter format: a folder with adapter_model.safetensors and adapter_config.json.
 
-The tensors are named by layer ("layers.3.attention.q.lora_a"; "layers.3.adapter.router" of a block's own module), whatever
-the layout of the tree they come from, and are loaded into either layout. Buffers are among them. The config file holds every
-field of the adapter's config, the sizes and the fingerprint of its base, and a version. Both files are data: nothing in them
-is executed.
+The tensors are named by layer ("layers.3.attention.q.lora_a", "encoder.layers.3.attention.query.lora_a";
+"layers.3.adapter.router" of a block's own module), whatever the layout of the tree they come from, and are loaded into either
+layout. Buffers are among them. The config file holds every field of the adapter's config, the sizes and the fingerprint of its
+base, and a version. Both files are data: nothing in them is executed.
 """
 
 import contextlib
@@ -33,18 +33,34 @@ from sira_jax.checkpoints.safetensors import (
 )
 from sira_jax.errors import CheckpointError, ConfigError, ModelFileError
 from sira_jax.files import write_text
-from sira_jax.models import Decoder, DecoderConfig
-from sira_jax.models.adapter_init import fresh_adapter
+from sira_jax.models import (
+    DecoderConfig,
+    EncoderDecoderConfig,
+    ModelConfig,
+    fresh_adapter,
+    make_model,
+)
 from sira_jax.models.config import DTYPES as MODEL_DTYPES
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 TYPE = "sira_jax"
 VERSION = 1
-# Sizes of the base that an adapter's shapes follow from, fields of DecoderConfig.
-SIZES = ("num_layers", "emb_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
+# Sizes of the base that an adapter's shapes follow from, fields of its config. The first tells a file which config it is of.
+SIZES = {
+    DecoderConfig: ("num_layers", "emb_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"),
+    EncoderDecoderConfig: (
+        "num_encoder_layers",
+        "num_decoder_layers",
+        "emb_dim",
+        "num_heads",
+        "head_dim",
+        "mlp_dim",
+    ),
+}
 _FIELDS = ("type", "version", "adapter", "base")
-_BASE_FIELDS = ("fingerprint", "param_dtype", *SIZES)
+_BASE_FIELDS = ("fingerprint", "param_dtype")
+_LAYERS = re.compile(rf"{STACKED}(?:_(\d+))?")
 _PICKLE = "adapter_model.bin"
 _LISTED = 3  # tensors named in one message
 differences = functools.partial(layout.differences, most=_LISTED)
@@ -58,7 +74,7 @@ class AdapterHeader:
       config: of the adapter, its method among the fields.
       fingerprint: of the base it was trained on, `checkpoints.fingerprint`.
       param_dtype: type that base was held in.
-      sizes: the fields SIZES of the base's DecoderConfig.
+      sizes: the fields SIZES of the base's config.
     """
 
     config: AdapterConfig
@@ -73,18 +89,20 @@ def tensor_places(adapter: Mapping[str, Any]) -> dict[str, tuple[Path, int | Non
     Args:
       adapter: the adapter tree of a whole model, layers stacked or apart; arrays or shapes.
     """
-    places: dict[str, tuple[Path, int | None]] = {}
+    # In the order of the layers, those of one stack after those of another.
+    ordered: dict[tuple[Path, int, str], tuple[str, tuple[Path, int | None]]] = {}
     for path, leaf in traverse_util.flatten_dict(adapter).items():
-        at = path.index(ADAPTER)
+        stack_at = next(place for place, name in enumerate(path) if _LAYERS.fullmatch(name))
+        stack, (layers, *below) = path[:stack_at], path[stack_at:]
+        at = below.index(ADAPTER)
         # A projection's leaves need no word between; the leaves of a block's own module keep theirs.
-        inner = (*path[1:at], *path[at + 1 :]) if at > 1 else path[1:]
-        if path[0] == STACKED:
-            for layer in range(leaf.shape[0]):
-                places[".".join((STACKED, str(layer), *inner))] = (path, layer)
-        else:
-            layer = path[0].removeprefix(f"{STACKED}_")
-            places[".".join((STACKED, layer, *inner))] = (path, None)
-    return dict(sorted(places.items(), key=lambda item: (int(item[0].split(".")[1]), item[0])))
+        inner = (*below[:at], *below[at + 1 :]) if at > 0 else below
+        is_stacked = layers == STACKED
+        found = range(leaf.shape[0]) if is_stacked else [int(_LAYERS.fullmatch(layers)[1])]
+        for layer in found:
+            name = ".".join((*stack, STACKED, str(layer), *inner))
+            ordered[stack, layer, name] = (name, (path, layer if is_stacked else None))
+    return dict(ordered[key] for key in sorted(ordered))
 
 
 def tensor_shapes(adapter: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -97,13 +115,13 @@ def tensor_shapes(adapter: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 @functools.lru_cache(maxsize=32)
-def abstract_adapter(config: AdapterConfig, model_config: DecoderConfig) -> dict[str, Any]:
+def abstract_adapter(config: AdapterConfig, model_config: ModelConfig) -> dict[str, Any]:
     """Shapes and types of the adapter tree in the model's layout, without computing any; not to be changed, as it is cached.
 
     Raises:
       ConfigError: if the adapter's targets match no projection.
     """
-    model = Decoder(model_config, config)
+    model = make_model(model_config, config)
     return jax.eval_shape(lambda key: fresh_adapter(model, key), jax.random.key(0))
 
 
@@ -111,7 +129,7 @@ def save_adapter(
     path: str | os.PathLike,
     config: AdapterConfig,
     adapter: Mapping[str, Any],
-    model_config: DecoderConfig,
+    model_config: ModelConfig,
     base_fingerprint: str,
 ) -> None:
     """Writes an adapter folder; a reader finds the old adapter, the new one, or none, never a mixture.
@@ -142,7 +160,7 @@ def save_adapter(
         "base": {
             "fingerprint": base_fingerprint,
             "param_dtype": model_config.param_dtype,
-            **{name: getattr(model_config, name) for name in SIZES},
+            **{name: getattr(model_config, name) for name in SIZES[type(model_config)]},
         },
     }
     write_folder(path, content, arrays)
@@ -164,7 +182,7 @@ def write_folder(
 
 
 def check_tree(
-    config: AdapterConfig, adapter: Mapping[str, Any], model_config: DecoderConfig
+    config: AdapterConfig, adapter: Mapping[str, Any], model_config: ModelConfig
 ) -> None:
     """Raises CheckpointError unless the tree, in either layout, is one of this config on a base of these sizes."""
     expected = tensor_shapes(abstract_adapter(config, model_config))
@@ -204,13 +222,14 @@ def read_header(path: str | os.PathLike) -> AdapterHeader:
     base = content["base"]
     if not isinstance(base, Mapping):
         raise CheckpointError(f"{file}: base={base!r} is not allowed: an object")
-    _check_fields(file, "base.", base, _BASE_FIELDS)
+    sizes_of_base = _sizes_of(base)
+    _check_fields(file, "base.", base, (*_BASE_FIELDS, *sizes_of_base))
     fingerprint = base["fingerprint"]
     if not isinstance(fingerprint, str) or not re.fullmatch("[0-9a-f]{64}", fingerprint):
         raise CheckpointError(
             f"{file}: base.fingerprint={fingerprint!r} is not allowed: 64 hexadecimal digits"
         )
-    for name in SIZES:
+    for name in sizes_of_base:
         if type(base[name]) is not int or base[name] < 1:
             raise CheckpointError(
                 f"{file}: base.{name}={base[name]!r} is not allowed: a whole number over 0"
@@ -226,8 +245,16 @@ def read_header(path: str | os.PathLike) -> AdapterHeader:
         raise CheckpointError(f"{file}: {error}") from None
     if config is None:
         raise CheckpointError(f"{file}: adapter.method='none' is not allowed: there is no adapter")
-    sizes = {name: base[name] for name in SIZES}
+    sizes = {name: base[name] for name in sizes_of_base}
     return AdapterHeader(config, fingerprint, base["param_dtype"], sizes)
+
+
+def _sizes_of(base: Mapping) -> tuple[str, ...]:
+    """The sizes a file has to name: those of the config whose first one it names, of a decoder's if it names none."""
+    for names in SIZES.values():
+        if names[0] in base:
+            return names
+    return SIZES[DecoderConfig]
 
 
 def _check_fields(file: str, where: str, content: Mapping, known: tuple[str, ...]) -> None:
@@ -254,7 +281,7 @@ def _check_sizes(file: str, where: str, value: object) -> None:
 
 
 def load_adapter(
-    path: str | os.PathLike, model_config: DecoderConfig, base_fingerprint: str
+    path: str | os.PathLike, model_config: ModelConfig, base_fingerprint: str
 ) -> tuple[AdapterConfig, dict[str, Any]]:
     """Reads an adapter folder into the layout of a model.
 
@@ -295,13 +322,13 @@ def fill(shapes: Mapping[str, Any], read: Callable[[str], np.ndarray]) -> dict[s
 def check_base(
     path: str | os.PathLike,
     header: AdapterHeader,
-    model_config: DecoderConfig,
+    model_config: ModelConfig,
     base_fingerprint: str,
 ) -> None:
     """Raises CheckpointError if the adapter in the folder `path` was trained on another base."""
     file = os.path.join(path, CONFIG)
     for name, size in header.sizes.items():
-        own = getattr(model_config, name)
+        own = getattr(model_config, name, None)  # a base of another kind has no such size
         if size != own:
             raise CheckpointError(f"{file}: base.{name}={size}, but the loaded base has {own}")
     if header.fingerprint != base_fingerprint:

@@ -14,16 +14,23 @@ import jax
 import numpy as np
 import tokenizers
 
+from sira_jax.checkpoints.folder_tokenizer import (
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    read_optional_json,
+    read_text,
+    read_tokenizer,
+)
 from sira_jax.checkpoints.gguf import GGUFSource, dequantised
 from sira_jax.checkpoints.gguf_header import MAGIC
-from sira_jax.checkpoints.hf_config import CONFIG, read_decoder_config, to_hf_config
+from sira_jax.checkpoints.hf_config import CONFIG
+from sira_jax.checkpoints.hf_models import read_model_config, write_model_config
 from sira_jax.checkpoints.layout import Leaf, ShardingFn, flatten, leaves, load_params
 from sira_jax.checkpoints.safetensors import (
     INDEX,
     WEIGHTS,
     SafetensorsFolder,
     TensorToWrite,
-    parse_json,
     read_json,
     write_safetensors,
 )
@@ -36,13 +43,14 @@ from sira_jax.checkpoints.tokenizer import (
 )
 from sira_jax.errors import ModelFileError
 from sira_jax.files import write_text
-from sira_jax.models.config import DecoderConfig
+from sira_jax.models import EncoderDecoderConfig, ModelConfig
 
 _GENERATION_CONFIG = "generation_config.json"
-_TOKENIZER = "tokenizer.json"
-_TOKENIZER_CONFIG = "tokenizer_config.json"
 _CHAT_TEMPLATE = "chat_template.jinja"
+_DECODER_START = "decoder_start_token_id"
 _CHUNK_ROWS = 4096
+# Ids of models whose files name none.
+_DEFAULT_IDS = {EncoderDecoderConfig: {"eos": 1, "pad": 0}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +58,8 @@ class BaseModel:
     """A frozen language model and what is needed to feed it.
 
     Attributes:
-      config: shape and options of the decoder.
-      params: the tree for `Decoder(config).apply({"params": params}, batch)`.
+      config: shape and options of the model.
+      params: the tree for `make_model(config).apply({"params": params}, batch)`.
       tokenizer_json: text of a Hugging Face tokenizer.json, None if there is none.
       special: ids for generation and padding.
       chat_template: Jinja text of the chat format, None if there is none.
@@ -59,7 +67,7 @@ class BaseModel:
       tokenizer_error: why `tokenizer_json` is None.
     """
 
-    config: DecoderConfig
+    config: ModelConfig
     params: dict
     tokenizer_json: str | None
     special: SpecialTokens
@@ -88,8 +96,8 @@ def load_base_model(
 
     Args:
       path: a Hugging Face folder (config.json, safetensors in one file or in shards,
-        tokenizer.json) of model_type llama, mistral or qwen2, or a GGUF file of architecture llama
-        or qwen2.
+        tokenizer.json) of a model_type that docs/models.md lists, or a GGUF file of architecture
+        llama or qwen2.
       param_dtype: type the parameters are held in: float32, bfloat16 or float16.
       dtype: type of the computation.
       scan_layers: stack the layers' parameters along axis 0.
@@ -113,7 +121,7 @@ def load_base_model(
             with contextlib.closing(tensors):
                 params = load_params(tensors, source.config, sharding_fn)
             return _describe_gguf(source, params)
-    config = read_decoder_config(path, **options)
+    config = read_model_config(path, **options)
     with contextlib.closing(SafetensorsFolder(path)) as tensors:
         params = load_params(tensors, config, sharding_fn)
     return _describe_folder(path, config, params)
@@ -124,16 +132,16 @@ def read_base_model(path: str | os.PathLike, **options: object) -> BaseModel:
 
     Args:
       path: as in load_base_model.
-      **options: fields of DecoderConfig that a checkpoint does not give.
+      **options: fields of its config that a checkpoint does not give.
     """
     path = os.fspath(path)
     if _is_gguf(path):
         with contextlib.closing(GGUFSource(path, **options)) as source:
             return _describe_gguf(source, {})
-    return _describe_folder(path, read_decoder_config(path, **options), {})
+    return _describe_folder(path, read_model_config(path, **options), {})
 
 
-def read_config(path: str | os.PathLike, **options: object) -> tuple[DecoderConfig, SpecialTokens]:
+def read_config(path: str | os.PathLike, **options: object) -> tuple[ModelConfig, SpecialTokens]:
     """Returns a model's config and special tokens without reading its weights."""
     model = read_base_model(path, **options)
     return model.config, model.special
@@ -175,47 +183,30 @@ def _describe_gguf(source: GGUFSource, params: dict) -> BaseModel:
     )
 
 
-def _describe_folder(path: str, config: DecoderConfig, params: dict) -> BaseModel:
-    tokenizer_path = os.path.join(path, _TOKENIZER)
-    text, error = _read_text(path, _TOKENIZER), None
-    if text is None:
-        error = f"{tokenizer_path}: no such file"
-    else:
-        try:
-            parse_json(tokenizer_path, text)
-        except ModelFileError as reason:
-            text, error = None, str(reason)  # raised when the tokenizer is asked for
+def _describe_folder(path: str, config: ModelConfig, params: dict) -> BaseModel:
+    text = error = None
+    try:
+        text = read_tokenizer(path, config.vocab_size)
+    except ModelFileError as reason:
+        error = str(reason)  # the model can be used without: raised when it is asked for
     return BaseModel(
         config=config,
         params=params,
         tokenizer_json=text,
-        special=_read_special_tokens(path, text, config.vocab_size),
+        special=_read_special_tokens(path, text, config),
         chat_template=_read_chat_template(path),
         source=path,
         tokenizer_error=error,
     )
 
 
-def _read_text(path: str, name: str) -> str | None:
-    file_path = os.path.join(path, name)
-    if not os.path.exists(file_path):
-        return None
-    try:
-        with open(file_path, encoding="utf-8") as file:
-            return file.read()
-    except UnicodeDecodeError:
-        raise ModelFileError(f"{file_path}: not UTF-8 text") from None
-
-
-def _read_optional_json(path: str, name: str) -> dict:
-    file_path = os.path.join(path, name)
-    return read_json(file_path) if os.path.exists(file_path) else {}
-
-
-def _read_special_tokens(path: str, tokenizer_json: str | None, vocab_size: int) -> SpecialTokens:
+def _read_special_tokens(
+    path: str, tokenizer_json: str | None, config: ModelConfig
+) -> SpecialTokens:
     """The generation config wins over config.json, and both over the tokenizer's own names."""
-    sources = [_read_optional_json(path, _GENERATION_CONFIG), read_json(os.path.join(path, CONFIG))]
-    names = _read_optional_json(path, _TOKENIZER_CONFIG)
+    vocab_size, defaults = config.vocab_size, _DEFAULT_IDS.get(type(config), {})
+    sources = [read_optional_json(path, _GENERATION_CONFIG), read_json(os.path.join(path, CONFIG))]
+    names = read_optional_json(path, TOKENIZER_CONFIG)
 
     def find(name: str) -> tuple[int, ...]:
         for source in sources:
@@ -230,6 +221,7 @@ def _read_special_tokens(path: str, tokenizer_json: str | None, vocab_size: int)
             if ids:
                 return tuple(dict.fromkeys(ids))
         index = added_token_id(tokenizer_json, names.get(f"{name}_token"))
+        index = defaults.get(name) if index is None else index
         return () if index is None else (index,)
 
     bos, pad = find("bos"), find("pad")
@@ -241,10 +233,10 @@ def _read_special_tokens(path: str, tokenizer_json: str | None, vocab_size: int)
 
 
 def _read_chat_template(path: str) -> str | None:
-    text = _read_text(path, _CHAT_TEMPLATE)
+    text = read_text(path, _CHAT_TEMPLATE)
     if text is not None:
         return text
-    template = _read_optional_json(path, _TOKENIZER_CONFIG).get("chat_template")
+    template = read_optional_json(path, TOKENIZER_CONFIG).get("chat_template")
     if isinstance(template, list):  # several, by name
         named = {
             entry.get("name"): entry.get("template")
@@ -257,7 +249,7 @@ def _read_chat_template(path: str) -> str | None:
 
 def save_hf_folder(
     path: str | os.PathLike,
-    config: DecoderConfig,
+    config: ModelConfig,
     params: Mapping,
     tokenizer_json: str | None = None,
     special: SpecialTokens | None = None,
@@ -268,8 +260,8 @@ def save_hf_folder(
 
     Args:
       path: the folder; made if it is not there, files of the same names are replaced.
-      config: of the model; written as model_type qwen2 if q, k and v have biases, else llama.
-      params: the decoder's plain parameters, without adapters; each is written in its own type.
+      config: of the model; it decides the model_type.
+      params: the model's plain parameters, without adapters; each is written in its own type.
       tokenizer_json: text of tokenizer.json.
       special: ids for generation_config.json.
       chat_template: Jinja text for tokenizer_config.json.
@@ -280,6 +272,7 @@ def save_hf_folder(
     """
     path = os.fspath(path)
     special = special or SpecialTokens()
+    described = write_model_config(config)
     shards = _shards(list(_tensors_to_write(config, params)), max_shard_bytes)
     os.makedirs(path, exist_ok=True)
     if len(shards) == 1:
@@ -305,18 +298,20 @@ def save_hf_folder(
         "eos_token_id": list(special.eos_ids) or None,
         "pad_token_id": special.pad_id,
     }
+    if _DECODER_START in described:  # transformers looks for it in either file
+        ids[_DECODER_START] = described[_DECODER_START]
     _write_json(path, _GENERATION_CONFIG, ids)
     if tokenizer_json is not None:
-        write_text(os.path.join(path, _TOKENIZER), tokenizer_json)
+        write_text(os.path.join(path, TOKENIZER), tokenizer_json)
         _write_json(
             path,
-            _TOKENIZER_CONFIG,
+            TOKENIZER_CONFIG,
             _tokenizer_config(tokenizer_json, special, chat_template, config.max_positions),
         )
-    _write_json(path, CONFIG, {**to_hf_config(config), **ids})
+    _write_json(path, CONFIG, {**described, **ids})
 
 
-def _tensors_to_write(config: DecoderConfig, params: Mapping) -> Iterator[TensorToWrite]:
+def _tensors_to_write(config: ModelConfig, params: Mapping) -> Iterator[TensorToWrite]:
     flat = flatten(params)
     table = leaves(config)
     missing = [leaf.path for leaf in table if leaf.path not in flat]
@@ -361,7 +356,7 @@ def _shards(tensors: list[TensorToWrite], most: int) -> list[list[TensorToWrite]
 def _tokenizer_config(
     text: str, special: SpecialTokens, chat_template: str | None, max_positions: int
 ) -> dict:
-    tokenizer = parse_tokenizer(_TOKENIZER, text)
+    tokenizer = parse_tokenizer(TOKENIZER, text)
     named = {
         "bos_token": special.bos_id,
         "eos_token": special.eos_ids[0] if special.eos_ids else None,

@@ -1,5 +1,5 @@
 """A name for a set of parameters: equal for equal values, however they are laid out on devices and
-whether a decoder's layers are stacked or apart.
+whether a stack's layers are stacked or apart.
 
 Each leaf is hashed where it is, by sums that do not depend on the order of summation; 8 bytes of it
 come to the host. It guards against mixing up models, not against someone who wants two models to
@@ -30,20 +30,20 @@ def fingerprint(params: Mapping) -> str:
 
     Changing one bit of one element, swapping two elements, rows or layers, or renaming, reshaping
     or converting a leaf gives another name (a swap goes unseen with a probability under 2^-50).
-    Sharding and devices do not matter, nor does it whether a decoder's layers are stacked ("layers")
-    or apart ("layers_0", ...).
+    Sharding and devices do not matter, nor does it whether the layers of a stack are stacked
+    ("layers", or "encoder/layers") or apart ("layers_0", ...).
 
     Args:
       params: nested mapping of arrays. Every process of a multi-host run must call this.
     """
     flat = sorted((path, jnp.asarray(leaf)) for path, leaf in flatten(params).items())
-    hashes = np.stack([_leaf_hash(leaf, _layer(path)) for path, leaf in flat])
+    hashes = np.stack([_leaf_hash(leaf, _without_layer(path)[1]) for path, leaf in flat])
     if not all(leaf.is_fully_addressable for _, leaf in flat):
         hashes = multihost_utils.process_allgather(hashes).sum(axis=0, dtype=np.uint32)
     names: dict[tuple, list[np.ndarray]] = {}
     for (path, leaf), numbers in zip(flat, hashes, strict=True):
-        apart = _layer(path) is not None
-        key = (("layers", *path[1:]) if apart else path, apart, leaf.shape, str(leaf.dtype))
+        stacked_path, layer = _without_layer(path)
+        key = (stacked_path, layer is not None, leaf.shape, str(leaf.dtype))
         names.setdefault(key, []).append(numbers)
     lines = []
     for (path, apart, shape, dtype), parts in sorted(names.items(), key=lambda item: item[0]):
@@ -53,10 +53,16 @@ def fingerprint(params: Mapping) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _layer(path: tuple[str, ...]) -> int | None:
-    """The index of a layer that is apart from the others, else None."""
-    match = re.fullmatch(r"layers_(\d+)", path[0])
-    return int(match[1]) if match else None
+def _without_layer(path: tuple[str, ...]) -> tuple[tuple[str, ...], int | None]:
+    """The path that a leaf has where its layers are stacked, and its layer; None where it is of no layer apart.
+
+    A stack is at the root or one level below.
+    """
+    for place, name in enumerate(path[:2]):
+        match = re.fullmatch(r"layers_(\d+)", name)
+        if match:
+            return (*path[:place], "layers", *path[place + 1 :]), int(match[1])
+    return path, None
 
 
 def _leaf_hash(leaf: jax.Array, layer: int | None) -> np.ndarray:

@@ -1,5 +1,5 @@
-"""Where each parameter of the decoder is in a Hugging Face checkpoint, and how a tree of them is
-filled from one.
+"""Where each parameter of a decoder is in a Hugging Face checkpoint, and how a tree of them, or of
+any other model's, is filled from a checkpoint.
 
 Axis letters: L layers, D residual width, F MLP width, V vocabulary; a Hugging Face matrix is (out,
 in), ours (in, out).
@@ -9,7 +9,6 @@ before the next one is begun, the largest first: a load needs little more host m
 itself.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -17,47 +16,39 @@ from types import MappingProxyType
 import jax
 import numpy as np
 
+from sira_jax.checkpoints.leaf import Layout, Leaf, Path
 from sira_jax.checkpoints.safetensors import TensorSource, row_chunks
+from sira_jax.checkpoints.t5_layout import t5_layout
 from sira_jax.errors import ModelFileError
-from sira_jax.models.config import DecoderConfig
+from sira_jax.models import DecoderConfig, EncoderDecoderConfig, ModelConfig
 
-Path = tuple[str, ...]
 ShardingFn = Callable[[Path, tuple[int, ...]], jax.sharding.Sharding | None]
+LayoutFn = Callable[[ModelConfig], Layout]
 _ALIGNMENT = 64  # JAX on CPU takes over a buffer without a copy when it is aligned so
 _LISTED = 8  # tensors named in one message
 
 
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """One array of the parameter tree and the tensors it is made of.
+def leaves(config: ModelConfig) -> list[Leaf]:
+    """Returns every leaf of a model's parameters, in the order of a Hugging Face checkpoint."""
+    return hf_layout(config).leaves
 
-    Attributes:
-      path: keys down the tree.
-      shape: of the array, with the leading L if `stacked`.
-      names: Hugging Face names: one a layer if `stacked`, else a single one.
-      stacked: the tensors are laid along axis 0.
-      transposed: each tensor is stored as (out, in) and held as (in, out).
+
+def hf_layout(config: ModelConfig) -> Layout:
+    """Returns what a Hugging Face checkpoint of a model holds."""
+    return _HF_LAYOUTS[type(config)](config)
+
+
+def _decoder_layout(config: DecoderConfig) -> Layout:
+    """`rotary_emb.inv_freq` buffers of old checkpoints are passed over, and so is an `lm_head.weight`
+    beside tied embeddings.
     """
-
-    path: Path
-    shape: tuple[int, ...]
-    names: tuple[str, ...]
-    stacked: bool
-    transposed: bool
-
-    @property
-    def tensor_shape(self) -> tuple[int, ...]:
-        """Shape of each tensor in the checkpoint."""
-        shape = self.shape[1:] if self.stacked else self.shape
-        return shape[::-1] if self.transposed else shape
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
+    optional = {}
+    if config.tie_embeddings:
+        optional["lm_head.weight"] = (config.vocab_size, config.emb_dim)
+    return Layout(_decoder_leaves(config), optional, "rotary_emb.inv_freq")
 
 
-def leaves(config: DecoderConfig) -> list[Leaf]:
-    """Returns every leaf of the decoder's parameters, in the order of a checkpoint."""
+def _decoder_leaves(config: DecoderConfig) -> list[Leaf]:
     d, f = config.emb_dim, config.mlp_dim
     q = config.num_heads * config.head_dim
     kv = config.num_kv_heads * config.head_dim
@@ -118,27 +109,31 @@ def leaves(config: DecoderConfig) -> list[Leaf]:
     return table
 
 
-def check_tensors(source: TensorSource, config: DecoderConfig) -> None:
+_HF_LAYOUTS: Mapping[type, Callable[..., Layout]] = MappingProxyType(
+    {DecoderConfig: _decoder_layout, EncoderDecoderConfig: t5_layout}
+)
+
+
+def check_tensors(
+    source: TensorSource, config: ModelConfig, layout_of: LayoutFn = hf_layout
+) -> None:
     """Raises ModelFileError, in one message, if a tensor is missing, unexpected or of another
     shape.
-
-    `rotary_emb.inv_freq` buffers of old checkpoints are passed over, and so is an `lm_head.weight`
-    beside tied embeddings.
     """
-    if config.num_layers > len(source.shapes):  # also keeps absurd counts from being listed
+    num_layers = sum(stack.num_layers for stack in config.stacks)
+    if num_layers > len(source.shapes):  # also keeps absurd counts from being listed
         raise ModelFileError(
-            f"{source.path}: {len(source.shapes)} tensors cannot make {config.num_layers} layers"
+            f"{source.path}: {len(source.shapes)} tensors cannot make {num_layers} layers"
         )
-    expected = {name: leaf.tensor_shape for leaf in leaves(config) for name in leaf.names}
-    optional = {}
-    if config.tie_embeddings:
-        optional["lm_head.weight"] = (config.vocab_size, config.emb_dim)
+    layout = layout_of(config)
+    expected = {name: leaf.tensor_shape for leaf in layout.leaves for name in leaf.names}
+    ignored = layout.ignored_suffix
     found = {
         name: tuple(shape)
         for name, shape in source.shapes.items()
-        if not name.endswith("rotary_emb.inv_freq")
+        if not (ignored and name.endswith(ignored))
     }
-    problems = differences(expected, found, optional, source.stored_name)
+    problems = differences(expected, found, layout.optional, source.stored_name)
     if problems:
         raise ModelFileError(f"{source.path}: {problems}")
 
@@ -179,9 +174,12 @@ def listed(names: list[str], most: int = _LISTED) -> str:
 
 
 def load_params(
-    source: TensorSource, config: DecoderConfig, sharding_fn: ShardingFn | None = None
+    source: TensorSource,
+    config: ModelConfig,
+    sharding_fn: ShardingFn | None = None,
+    layout_of: LayoutFn = hf_layout,
 ) -> dict:
-    """Returns the decoder's parameter tree, read from `source`.
+    """Returns a model's parameter tree, read from `source`.
 
     Args:
       source: the checkpoint's tensors.
@@ -189,17 +187,18 @@ def load_params(
         layout.
       sharding_fn: (path, shape) -> the leaf's sharding, or None for an array on the default device.
         Every process reads only the rows that its own devices hold.
+      layout_of: config -> what `source` holds.
 
     Raises:
       ModelFileError: before anything is read if the tensors do not fit, else if a file turns out to
         be truncated.
     """
-    check_tensors(source, config)
+    check_tensors(source, config, layout_of)
     dtype = jax.numpy.dtype(config.param_dtype)
     params: dict = {}
     # Largest first: while JAX takes a leaf over, two copies of that leaf may exist; at the start
     # there is room for it.
-    for leaf in sorted(leaves(config), key=lambda leaf: -leaf.size):
+    for leaf in sorted(layout_of(config).leaves, key=lambda leaf: -leaf.size):
         sharding = sharding_fn(leaf.path, leaf.shape) if sharding_fn else None
         *parents, last = leaf.path
         node = params

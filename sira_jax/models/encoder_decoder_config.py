@@ -62,7 +62,7 @@ class EncoderDecoderConfig:
     relpos_num_buckets: int = 32
     relpos_max_distance: int = 128
     relpos_per_layer: bool = False
-    max_positions: int = 512
+    max_positions: int = 2048
     decoder_start_id: int = 0
     dtype: str = "float32"
     param_dtype: str = "float32"

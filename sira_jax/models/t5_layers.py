@@ -97,7 +97,7 @@ class RelativePositionBias(nn.Module):
             config.relpos_max_distance,
             bidirectional=self.bidirectional,
         )
-        return table_HN.astype(jnp.float32)[None, :, buckets_TS]
+        return jnp.asarray(table_HN, jnp.float32)[None, :, buckets_TS]
 
 
 class _Attention(Projections):

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sira_jax.checkpoints import load_base_model
 from sira_jax.models.decoder import Decoder
 from sira_jax.models.presets import count_parameters
-from tests import stories260k
+from tests import make_stories260k, stories260k
 
 pytestmark = pytest.mark.skipif(
     not stories260k.is_there(), reason=f"{stories260k.folder()} is not there (SIRA_TEST_DATA)"
@@ -81,3 +82,16 @@ def test_perplexity_tells_the_right_layout_from_the_wrong_one(model):
     wrong = perplexity(config, wrong_params, tokenizer)
     assert right < 4  # 3.08 when this was written, and 41.8 with the wrong layout
     assert wrong > 5 * right
+
+
+def test_folder_holds_the_same_model_and_tokenizer(model, tmp_path):
+    config, params, tokenizer = model
+    make_stories260k.write(tmp_path)
+    loaded = load_base_model(tmp_path)
+    assert loaded.config == config
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    written = loaded.tokenizer()
+    for text in (STORY, "Wapi ni duka? é 你", "two  spaces\nand lines"):
+        ids = written.encode(text, add_special_tokens=False).ids
+        assert ids == tokenizer.encode(text, bos=False)
+        assert written.decode(ids) == text
