@@ -94,12 +94,12 @@ class AdapterTrainer(trainer.Trainer):
                 self._learning_rate_fn(step),
                 self._weight_metrics_computer,
             )
-            state = end_step(self._model, state, step)
+            # Of the update, before a method merges and starts anew: as native training's.
             trained, _ = partition(flax_core.unfreeze(state.params), is_trained)
             average = metrics_lib.AveragePerStep
             metrics["gradient_norm"] = average(total=optax.global_norm(grads))
             metrics["parameter_norm"] = average(total=optax.global_norm(trained))
-            return state, metrics
+            return end_step(self._model, state, step), metrics
 
         return self._partitioner.partition(
             train_step,
