@@ -17,6 +17,11 @@ from sira_jax.t5x_integration import compat
 
 GIN_FILES = Path(__file__).resolve().parents[1] / "configs" / "gin"
 USER_ERROR = 2
+# What gin says of a macro without a value.
+_MISSING = (
+    r"(\S+?)/macro\.value set to `%gin\.REQUIRED`",
+    r"No bindings specified for '(\S+?)/gin\.macro'",
+)
 
 
 def launch(name: str) -> None:
@@ -69,10 +74,9 @@ def read_gin(parse: Callable[[], None], files: list[str] | None) -> None:
     except SiraError:
         raise
     except Exception as error:  # gin files import modules, which may raise anything
-        text = " ".join(str(error).split())
-        required = re.match(r"(\S+?)/macro\.value set to `%gin\.REQUIRED`", text)
-        if required:
-            raise ConfigError(
-                f"{required[1]} is missing: give it by --gin.{required[1]}=VALUE"
-            ) from None
+        text = " ".join(str(error).split()).split(" in config string:")[0]
+        for pattern in _MISSING:
+            if missing := re.match(pattern, text):
+                name = missing[1]
+                raise ConfigError(f"{name} is missing: give it by --gin.{name}=VALUE") from None
         raise ConfigError(f"{type(error).__name__}: {text[:600]}") from None

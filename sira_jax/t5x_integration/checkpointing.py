@@ -149,7 +149,7 @@ class AdapterCheckpointer(checkpoints.Checkpointer):
         if is_native(path):
             state = restore_native(path, self._with_base())
         else:
-            if self._base_path is not None and not _holds_base(path):
+            if not _holds_base(path):
                 base = {"target": self._read_base()}
                 fallback_state = state_utils.merge_state(base, fallback_state or {})
             state = self._read(path, state_transformation_fns, fallback_state, lazy_parameters)
@@ -163,7 +163,8 @@ class AdapterCheckpointer(checkpoints.Checkpointer):
         """A train state with the base of `base_path` and zeros elsewhere."""
         if self._base_path is None:
             raise CheckpointError(
-                "AdapterCheckpointer.base_path=None is not allowed: the checkpoint holds an adapter alone, give the base's"
+                "AdapterCheckpointer.base_path=None is not allowed: the checkpoint holds an adapter alone; give the base's,"
+                " in gin by BASE_CHECKPOINT_PATH"
             )
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self._train_state.state_dict())
         return self._read(self._base_path, [base_only], zeros)

@@ -147,16 +147,14 @@ def test_another_base_is_refused_on_resuming(run, trained, tmp_path):
 
 
 def test_without_the_base_an_adapter_alone_is_refused(run, trained):
-    with pytest.raises(
-        CheckpointError, match=r"base_path=None.*holds an adapter alone|cannot be restored"
-    ):
+    with pytest.raises(CheckpointError, match=r"base_path=None .*holds an adapter alone"):
         restore(run, trained[1], None, new=False)
 
 
 @pytest.mark.parametrize(
     ("sizes", "named"),
     [
-        ({"mlp_dim": 24}, r"encoder/layers_0/mlp/wi_0/kernel is \(16, 24\)|mlp"),
+        ({"mlp_dim": 24}, r"decoder/layers_0/mlp/wi_0/kernel.* \(16, 24\).* \(16, 32\)"),
         ({"num_decoder_layers": 2}, r"not in the model: decoder/layers_1/"),
         ({"mlp_activations": ("relu",)}, r"not in the checkpoint: .*mlp/wi_0/kernel"),
     ],
