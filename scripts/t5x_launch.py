@@ -4,6 +4,7 @@ Flags are T5X's: --gin_file=FILE (any number; later ones override), --gin.NAME=V
 Files are looked for in the working directory, in configs/gin and beside T5X.
 """
 
+import logging
 import os
 import re
 import runpy
@@ -54,6 +55,8 @@ def prepare() -> None:
     gin_utils = compat.import_t5x("t5x.gin_utils")
     import tasks.registry  # noqa: F401 - registers the tasks
 
+    # gin reports each place where it looks for a file and does not find it as an error.
+    logging.getLogger().addFilter(lambda record: record.module != "resource_reader")
     parse = gin_utils.parse_gin_flags
 
     def parse_gin_flags(search_paths, files, bindings, **options):
@@ -79,4 +82,4 @@ def read_gin(parse: Callable[[], None], files: list[str] | None) -> None:
             if missing := re.match(pattern, text):
                 name = missing[1]
                 raise ConfigError(f"{name} is missing: give it by --gin.{name}=VALUE") from None
-        raise ConfigError(f"{type(error).__name__}: {text[:600]}") from None
+        raise ConfigError(f"gin files or bindings: {type(error).__name__}: {text[:600]}") from None

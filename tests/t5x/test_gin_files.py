@@ -11,7 +11,7 @@ from tests.t5x.tiny_t5x import MISSING
 gin = pytest.importorskip("gin", reason="gin-config is not installed")
 
 GIN_FILES = Path(__file__).parents[2] / "configs" / "gin"
-TARGETS = ("q", "up")
+TARGETS = ("q", "k", "up")
 
 
 @pytest.fixture

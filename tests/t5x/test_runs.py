@@ -20,7 +20,7 @@ pytest.importorskip("t5x", reason=MISSING, exc_type=ImportError)
 
 REPOSITORY = Path(__file__).parents[2]
 PERIODS = ("EVAL_PERIOD=2", "EVAL_STEPS=1", "CHECKPOINT_PERIOD=2")
-NO_DECODING = "train_script.train.infer_eval_dataset_cfg=None"
+NO_DECODING = "train.infer_eval_dataset_cfg=None"
 
 
 def run(script, files, *bindings, check=True):
@@ -165,7 +165,10 @@ def test_export(trained, tmp_path):
 
 @pytest.mark.parametrize("method", ["lora", "molora", "adamix"])
 def test_a_method_by_gin_trains_and_leaves_the_base_alone(method, tmp_path):
-    log = train(method, tmp_path, 2, NO_DECODING, more=["runs/from_scratch.gin"]).stderr
+    bindings = [NO_DECODING, "config.OptimizerConfig.learning_rate=0.1"]
+    if method == "adamix":
+        bindings.append("adamix.AdaMixConfig.dropout_rate=0.3")
+    log = train(method, tmp_path, 2, *bindings, more=["runs/from_scratch.gin"]).stderr
     assert np.isfinite(written(log, 2)["loss"])
     parts = [partition(target(tmp_path / f"checkpoint_{step}"), is_adapter) for step in (0, 2)]
     (adapter, base), (new_adapter, new_base) = parts
