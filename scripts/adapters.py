@@ -17,7 +17,7 @@ from sira_jax.checkpoints import fingerprint
 from sira_jax.checkpoints.adapter_file import CONFIG as ADAPTER_CONFIG
 from sira_jax.checkpoints.adapter_file import load_adapter
 from sira_jax.errors import ConfigError, SiraError
-from sira_jax.models import Decoder
+from sira_jax.models import make_model
 from sira_jax.training import loop
 from sira_jax.training.adapter_bank import BASE, AdapterBank, check_name
 from sira_jax.training.evaluate import LossEvaluator
@@ -168,7 +168,7 @@ class Adapters:
                 f"{directory}: was trained with model.scan_layers={not layout}, here it is {layout}"
             )
         # The run's own adapter and rule for the best checkpoint, on the base and mesh that are loaded.
-        model = Decoder(self._plan.base.config, experiment.adapter)
+        model = make_model(self._plan.base.config, experiment.adapter)
         params, step = assemble.restore_adapter(
             experiment, self._plan.mesh, model, self._frozen, directory, self._which
         )

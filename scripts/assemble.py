@@ -14,11 +14,9 @@ import jax
 from ml_collections import ConfigDict
 
 import tasks
-from sira_jax.adapters import AdapterConfig
-from sira_jax.adapters.base import PATHS, matches
 from sira_jax.checkpoints import BaseModel, fingerprint, load_base_model, read_base_model
 from sira_jax.errors import CheckpointError, ConfigError, DataError, check
-from sira_jax.models import Decoder
+from sira_jax.models import DecoderConfig, EncoderDecoderConfig, Model, make_model
 from sira_jax.training import loop, partitioning
 from sira_jax.training.config import ExperimentConfig, ModelSource, make_experiment
 from sira_jax.training.decoding import generate
@@ -79,7 +77,7 @@ def find_model(path: str) -> str:
 def load_base(path: str, source: ModelSource, mesh: jax.sharding.Mesh) -> BaseModel:
     """The base model in a file or folder with its parameters, placed on the mesh; `source` says in which types."""
     options = source.options
-    plain = Decoder(read_base_model(path, **options).config)
+    plain = make_model(read_base_model(path, **options).config)
     shardings = partitioning.param_shardings(abstract_params(plain), mesh)
     by_path = {
         tuple(entry.key for entry in path): sharding
@@ -123,12 +121,9 @@ class Plan:
             f"at most the model's {size} ids, it has {self.vocabulary.vocab_size}",
         )
         limit = self.base.config.max_positions
-        check(
-            data.sequence_length <= limit,
-            "data.sequence_length",
-            data.sequence_length,
-            f"at most the model's {limit} positions",
-        )
+        for name in ("sequence_length", "target_length"):
+            length = getattr(data, name)
+            check(length <= limit, f"data.{name}", length, f"at most the model's {limit} positions")
         new_tokens = experiment.decode.max_new_tokens
         check(
             new_tokens < limit,
@@ -148,8 +143,7 @@ class Plan:
         self.eos_ids = tuple(special.eos_ids) if own else ()
         if self.vocabulary.eos_id is not None and self.vocabulary.eos_id not in self.eos_ids:
             self.eos_ids = (self.vocabulary.eos_id, *self.eos_ids)
-        # A chat template writes the beginning of the text itself.
-        self.bos_id = self.vocabulary.bos_id if data.template == "plain" else None
+        self.features = self._make_features()
         self.template = tasks.make_template(
             data.template,
             chat_template=self.base.chat_template,
@@ -157,14 +151,31 @@ class Plan:
             eos_token=self._token_text(self.vocabulary.eos_id),
         )
         if experiment.adapter is not None:
-            _check_patterns(experiment.adapter)
+            experiment.adapter.check_model(self.base.config.projections)
+
+    def _make_features(self) -> tasks.converters.FeatureConverter:
+        """What makes the batches of this kind of model."""
+        data, config, vocabulary = self.experiment.data, self.base.config, self.vocabulary
+        common = {"length": data.sequence_length, "pad_id": vocabulary.pad_id}
+        # A chat template writes the beginning of the text itself.
+        bos_id = vocabulary.bos_id if data.template == "plain" else None
+        kinds = {
+            DecoderConfig: lambda: tasks.DecoderFeatures(bos_id=bos_id, **common),
+            EncoderDecoderConfig: lambda: tasks.EncoderDecoderFeatures(
+                target_length=data.target_length or data.sequence_length,
+                eos_id=vocabulary.eos_id,
+                start_id=config.decoder_start_id,
+                **common,
+            ),
+        }
+        return kinds[type(config)]()
 
     def _token_text(self, token_id: int | None) -> str:
         return "" if token_id is None else self.vocabulary.id_to_text(token_id)
 
-    def model(self, num_tasks: int) -> Decoder:
+    def model(self, num_tasks: int) -> Model:
         """The decoder with the experiment's adapter; `num_tasks` turns on per-task router metrics."""
-        return Decoder(self.base.config, self.experiment.adapter, num_tasks)
+        return make_model(self.base.config, self.experiment.adapter, num_tasks)
 
     def load_base(self) -> BaseModel:
         """The base with its parameters, placed on the mesh."""
@@ -206,18 +217,16 @@ class Plan:
             loaded,
             rates,
             batch_size=data.batch_size,
-            length=data.sequence_length,
+            converter=self.features,
             seed=self.experiment.train.seed,
             pack=data.pack,
             too_long=data.too_long,
-            bos_id=self.bos_id,
-            pad_id=self.vocabulary.pad_id,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
 
     def loss_evaluator(
-        self, model: Decoder, frozen: Any, loaded: Sequence[tasks.TokenizedTask], prefix: str
+        self, model: Model, frozen: Any, loaded: Sequence[tasks.TokenizedTask], prefix: str
     ) -> LossEvaluator:
         """Teacher-forced loss of `loaded`, whose order gives the task ids."""
         batches = list(self.eval_batches(loaded))
@@ -231,16 +240,14 @@ class Plan:
         return tasks.eval_batches(
             loaded,
             batch_size=data.batch_size,
-            length=data.sequence_length,
+            converter=self.features,
             pack=data.pack,
             too_long="error" if data.too_long == "error" else "truncate_inputs",
-            bos_id=self.bos_id,
-            pad_id=self.vocabulary.pad_id,
         )
 
     def decode(
         self,
-        model: Decoder,
+        model: Model,
         params: Any,
         prompts: Sequence[Sequence[int]],
         description: str = "",
@@ -250,11 +257,10 @@ class Plan:
         bar = (
             Progress(len(prompts), description=description, unit="prompt") if description else None
         )
-        bos = [] if self.bos_id is None else [self.bos_id]
         ids = generate(
             model,
             params,
-            [[*bos, *map(int, prompt)] for prompt in prompts],
+            [self.features.prompt(prompt) for prompt in prompts],
             self.experiment.decode,
             eos_ids=self.eos_ids,
             pad_id=self.vocabulary.pad_id,
@@ -267,8 +273,7 @@ class Plan:
 
     def _fit(self, prompt: Sequence[int], task: str) -> Sequence[int]:
         data, decode = self.experiment.data, self.experiment.decode
-        room = self.base.config.max_positions - decode.max_new_tokens
-        room = min(room, data.sequence_length) - (self.bos_id is not None)
+        room = self.features.prompt_room(self.base.config.max_positions, decode.max_new_tokens)
         if len(prompt) <= room:
             return prompt
         if data.too_long == "error":
@@ -281,7 +286,7 @@ class Plan:
 
     def decode_tasks(
         self,
-        model: Decoder,
+        model: Model,
         params: Any,
         loaded: Sequence[tasks.TokenizedTask],
         description: str,
@@ -310,7 +315,7 @@ class Plan:
 def restore_adapter(
     experiment: ExperimentConfig,
     mesh: jax.sharding.Mesh,
-    model: Decoder,
+    model: Model,
     frozen: Any,
     workdir: str,
     which: str,
@@ -372,15 +377,6 @@ def mean_scores(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         values = [task[name] for task in scores.values() if name in task]
         means[name] = sum(values) / len(values)
     return means
-
-
-def _check_patterns(adapter: AdapterConfig) -> None:
-    """Raises ConfigError for a target or an override that matches no projection: a misspelt one would just do nothing."""
-    patterns = [("adapter.targets", target) for target in adapter.targets]
-    patterns += [("adapter.overrides", pattern) for pattern, _ in adapter.overrides]
-    for field, pattern in patterns:
-        is_useful = any(matches(pattern, path) for path in PATHS)
-        check(is_useful, field, pattern, f"it matches no projection, which are {', '.join(PATHS)}")
 
 
 def _make_vocabulary(spec: str, base: BaseModel) -> tasks.vocabularies.Vocabulary:

@@ -20,7 +20,7 @@ from sira_jax.adapters import (
     make_config,
 )
 from sira_jax.errors import check
-from sira_jax.models import Decoder, DecoderConfig
+from sira_jax.models import DecoderConfig, make_model
 from sira_jax.training.config import OptimizerConfig
 from sira_jax.training.optimizers import make_optimizer, make_schedule
 from sira_jax.training.train_state import fresh_state, init_adapter, split_params
@@ -103,7 +103,7 @@ def run_step_benchmark(
         "decoder_loss_weights": jnp.ones((batch_size, length), jnp.float32),
         "decoder_segment_ids": jnp.ones((batch_size, length), jnp.int32),
     }
-    variables = Decoder(config).init(jax.random.key(0), batch)
+    variables = make_model(config).init(jax.random.key(0), batch)
     frozen = nn.unbox(variables["params"])
     steps = {}
     for name in names:
@@ -117,9 +117,7 @@ def run_step_benchmark(
         scratch = steps[name].scratch_bytes
         row = {
             "candidate": name,
-            "trained": count_model_parameters(
-                adapters[name], config.projections, config.emb_dim, config.num_layers
-            ),
+            "trained": count_model_parameters(adapters[name], config.stacks, config.emb_dim),
             "median_s": median,
             "min_s": min(seconds[name]),
             "tokens_per_s": batch_size * length / median,
@@ -140,7 +138,7 @@ def run_step_benchmark(
 def _make_step(
     config: DecoderConfig, adapter: AdapterConfig, frozen: Any, batch: Mapping[str, jax.Array]
 ) -> TimedStep:
-    model = Decoder(config, adapter)
+    model = make_model(config, adapter)
     optimizer_config = OptimizerConfig()
     optimizer = make_optimizer(optimizer_config, _NUM_STEPS)
     schedule = make_schedule(optimizer_config, _NUM_STEPS)

@@ -55,9 +55,7 @@ def measure(
 
 def count(adapter: AdapterConfig, model: DecoderConfig, *, active: bool = False) -> int:
     """Trained parameters on a model, or those of them that a token uses."""
-    return count_model_parameters(
-        adapter, model.projections, model.emb_dim, model.num_layers, active=active
-    )
+    return count_model_parameters(adapter, model.stacks, model.emb_dim, active=active)
 
 
 def fit(

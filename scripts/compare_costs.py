@@ -29,7 +29,7 @@ from scripts.compare_runs import COSTS_FILE, RunSpec, first_experiments, load_pl
 from scripts.timed_step import TimedStep, take_turns
 from sira_jax.errors import check
 from sira_jax.files import write_text
-from sira_jax.models import Decoder, DecoderConfig
+from sira_jax.models import DEPTHS, Model, ModelConfig, make_model
 from sira_jax.training import partitioning
 from sira_jax.training.config import ExperimentConfig
 from sira_jax.training.optimizers import make_optimizer, make_schedule
@@ -115,28 +115,31 @@ def measure(
 
 def analyse(
     experiment: ExperimentConfig,
-    config: DecoderConfig,
+    config: ModelConfig,
     batch: Mapping[str, Any],
     task_names: Sequence[str],
 ) -> Costs:
     """FLOPs and bytes a position of the batch, of the step without loops; see the module's text."""
 
-    def of(layers: int) -> Costs:
-        model = dataclasses.replace(config, num_layers=layers, scan_layers=False)
+    def of(depths: Mapping[str, int]) -> Costs:
+        model = dataclasses.replace(config, **depths, scan_layers=False)
         return _analyse_unrolled(experiment, model, batch, task_names)
 
-    layers = config.num_layers
-    if layers <= _MOST_LAYERS:
-        return of(layers) | {"extrapolated": 0}
-    few, more = of(_FEW), of(_MORE)
-    return {
-        name: few[name] + (layers - _FEW) / (_MORE - _FEW) * (more[name] - few[name])
-        for name in few
-    } | {"extrapolated": 1}
+    depths = {field: getattr(config, field) for field in DEPTHS if hasattr(config, field)}
+    if all(depth <= _MOST_LAYERS for depth in depths.values()):
+        return of(depths) | {"extrapolated": 0}
+    base = {field: min(depth, _FEW) for field, depth in depths.items()}
+    costs = dict(few := of(base))
+    for field, depth in depths.items():
+        if depth > _FEW:
+            more = of(base | {field: _MORE})
+            for name in costs:
+                costs[name] += (depth - _FEW) / (_MORE - _FEW) * (more[name] - few[name])
+    return costs | {"extrapolated": 1}
 
 
 def _make_step(
-    experiment: ExperimentConfig, model: Decoder, task_names: Sequence[str], **changes: int
+    experiment: ExperimentConfig, model: Model, task_names: Sequence[str], **changes: int
 ) -> tuple[Any, Callable]:
     train = dataclasses.replace(experiment.train, **changes)
     optimizer = make_optimizer(experiment.optimizer, train.num_steps)
@@ -155,11 +158,11 @@ def _make_step(
 
 def _analyse_unrolled(
     experiment: ExperimentConfig,
-    config: DecoderConfig,
+    config: ModelConfig,
     batch: Mapping[str, Any],
     task_names: Sequence[str],
 ) -> Costs:
-    model = Decoder(config, experiment.adapter, len(task_names))
+    model = make_model(config, experiment.adapter, len(task_names))
     optimizer, step = _make_step(
         experiment, model, task_names, accumulation_steps=1, loss_chunk_size=0
     )
@@ -182,7 +185,7 @@ def _timed_step(
     task_names: Sequence[str],
 ) -> TimedStep:
     """The step as it is trained."""
-    model = Decoder(plan.base.config, experiment.adapter, len(task_names))
+    model = make_model(plan.base.config, experiment.adapter, len(task_names))
     optimizer, step = _make_step(experiment, model, task_names)
     everywhere = partitioning.replicated(plan.mesh)
     state = fresh_state(init_adapter(model, experiment.train.seed), optimizer)

@@ -20,7 +20,7 @@ from sira_jax.checkpoints import (
     load_base_model,
 )
 from sira_jax.errors import CheckpointError, ConfigError, check
-from sira_jax.models import Decoder
+from sira_jax.models import make_model
 from sira_jax.training import loop, partitioning
 from sira_jax.training.config import MeshConfig
 
@@ -159,7 +159,7 @@ def load_adapted(source: str, base: str | None, checkpoint: str | None) -> Adapt
     # Not the run's own mesh: this machine may have other devices.
     mesh = partitioning.make_mesh(MeshConfig())
     loaded = assemble.load_base(base_path, experiment.model, mesh)
-    model = Decoder(loaded.config, experiment.adapter)
+    model = make_model(loaded.config, experiment.adapter)
     params, step = assemble.restore_adapter(
         experiment, mesh, model, loaded.params, source, checkpoint or "best"
     )

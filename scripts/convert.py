@@ -44,7 +44,7 @@ from sira_jax.checkpoints.gguf import GGUFSource
 from sira_jax.checkpoints.layout import flatten, leaves
 from sira_jax.checkpoints.safetensors import SafetensorsFolder
 from sira_jax.errors import ConfigError
-from sira_jax.models import Decoder
+from sira_jax.models import make_model
 from sira_jax.models.config import DTYPES
 from sira_jax.training.merging import merge_error
 from sira_jax.training.train_state import merge_params
@@ -182,9 +182,8 @@ def convert_merge(args: Namespace) -> None:
     rows, length = _ERROR_TOKENS
     shape = (rows, min(length, config.max_positions))
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape, dtype=np.int32)
-    error = merge_error(
-        Decoder(config, adapted.config), params, merged, {"decoder_input_tokens": tokens}
-    )
+    batch = {"decoder_input_tokens": tokens, "encoder_input_tokens": tokens}
+    error = merge_error(make_model(config, adapted.config), params, merged, batch)
     _save_model(args, dataclasses.replace(adapted.base, config=config, params=merged))
     held = by_module(adapter_file.tensor_shapes(adapted.params))
     print_mapping(

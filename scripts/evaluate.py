@@ -23,7 +23,7 @@ from scripts import adapters, assemble
 from scripts.cli import run_main
 from sira_jax.errors import ConfigError
 from sira_jax.files import write_text
-from sira_jax.models import Decoder
+from sira_jax.models import make_model
 from sira_jax.training import loop
 from sira_jax.training.train_state import merge_params, split_params
 from tasks import TokenizedTask
@@ -61,7 +61,7 @@ def evaluate(plan: assemble.Plan, workdir: str | None, checkpoint: str) -> dict:
     base = plan.load_base()
     frozen = split_params(base.params)[1]
     adapter, step = {}, None
-    model = Decoder(plan.base.config)
+    model = make_model(plan.base.config)
     if checkpoint != "none" and plan.experiment.adapter is not None:
         model = plan.model(len(loaded))
         adapter, step = assemble.restore_adapter(

@@ -28,7 +28,7 @@ from ml_collections import config_flags
 from scripts import adapters, assemble
 from scripts.cli import run_main
 from sira_jax.errors import ConfigError, DataError, SiraError
-from sira_jax.models import Decoder
+from sira_jax.models import make_model
 from sira_jax.training.adapter_bank import BASE
 from sira_jax.training.train_state import merge_params, split_params
 
@@ -106,7 +106,7 @@ def _answer_with_one() -> Answer:
     """With the run directory's adapter, or the frozen model."""
     plan = assemble.Plan(assemble.read_experiment(CONFIG.value, WORKDIR.value))
     frozen = split_params(plan.load_base().params)[1]
-    adapter, model = {}, Decoder(plan.base.config)
+    adapter, model = {}, make_model(plan.base.config)
     if CHECKPOINT.value != "none" and plan.experiment.adapter is not None:
         model = plan.model(0)
         adapter, _ = assemble.restore_adapter(

@@ -18,6 +18,7 @@ import tasks
 from scripts.arguments import Parser, at_least_one
 from scripts.cli import run_main
 from tasks import specs
+from tasks.converters import DecoderFeatures
 from tasks.loading import TokenizedTask, load_task
 from tasks.pipeline import eval_batches
 from tasks.templates import make_template
@@ -129,7 +130,8 @@ def _print_batch(args, loaded: Sequence[TokenizedTask], vocabulary: Vocabulary) 
         for inputs, targets in zip(task.inputs, task.targets, strict=True)
     ]
     length = args.length or sum(sorted(sizes)[-2:])
-    batch = next(eval_batches(loaded, batch_size=args.rows, length=length, too_long="drop"))
+    converter = DecoderFeatures(length=length)
+    batch = next(eval_batches(loaded, batch_size=args.rows, converter=converter, too_long="drop"))
     print(f"\npacked for a decoder-only model: {args.rows} x {length} positions")
     for task_id, task in enumerate(loaded):
         print(f"  task {task_id} is {task.name}")

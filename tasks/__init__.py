@@ -9,6 +9,7 @@ import importlib
 from typing import Any
 
 from tasks import bfcl, cldr, starter  # noqa: F401 - each defines its tasks on import
+from tasks.converters import DecoderFeatures, EncoderDecoderFeatures
 from tasks.features import LmExample, make_example, pack_rows, unpack
 from tasks.loading import TokenizedTask, load_mixture, load_task
 from tasks.metrics import METRICS, evaluate
@@ -27,6 +28,8 @@ __all__ = [
     "MIXTURES",
     "TASKS",
     "ChatTemplate",
+    "DecoderFeatures",
+    "EncoderDecoderFeatures",
     "HuggingFaceVocabulary",
     "InputPipeline",
     "LmExample",

@@ -1,4 +1,4 @@
-"""Decoder-only feature conversion and packing.
+"""From token ids to the features of a model: examples for a decoder alone, placing and packing them in rows.
 
 Letters: B rows, T positions.
 
@@ -12,8 +12,9 @@ is padding) and its positions start at 0, so that a model that attends only with
 takes positions from here computes for each example what it computes for the example alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -54,11 +55,11 @@ class PlacedExample:
     """An example in a row.
 
     Attributes:
-      example: the example.
+      example: an LmExample, or what another converter makes (see `tasks.converters`).
       task_id: index of its task.
     """
 
-    example: LmExample
+    example: Any
     task_id: int = 0
 
 
@@ -111,23 +112,26 @@ def make_example(
     return LmExample(np.concatenate([bos, inputs, targets]), len(bos) + len(inputs))
 
 
-def first_fit(lengths: Sequence[int], num_rows: int, length: int) -> list[int]:
+def first_fit(
+    lengths: Iterable[int | Sequence[int]], num_rows: int, length: int | Sequence[int]
+) -> list[int]:
     """Rows of the first examples; the first example that fits nowhere ends the list.
 
     Each example goes into the first row with room for it.
 
     Args:
-      lengths: positions that each example takes.
+      lengths: positions that each example takes, a number or one for each side of the model.
       num_rows: B.
-      length: T.
+      length: T, of each side.
 
     Returns:
       The row of each placed example, at most one an example.
     """
-    used = np.zeros(num_rows, np.int64)
+    limits = np.atleast_1d(length)
+    used = np.zeros((num_rows, len(limits)), np.int64)
     rows: list[int] = []
     for positions in lengths:
-        fits = used + positions <= length
+        fits = (used + positions <= limits).all(axis=1)
         if not fits.any():
             break
         row = int(np.argmax(fits))

@@ -18,14 +18,8 @@ from typing import Any
 import numpy as np
 
 from sira_jax.errors import CheckpointError, DataError, check
-from tasks.features import (
-    TOO_LONG_POLICIES,
-    LmExample,
-    PlacedExample,
-    first_fit,
-    make_example,
-    pack_rows,
-)
+from tasks.converters import FeatureConverter
+from tasks.features import TOO_LONG_POLICIES, PlacedExample, first_fit
 from tasks.loading import TokenizedTask
 
 STATE_VERSION = 1
@@ -61,22 +55,24 @@ class LengthReport:
 
 
 def _prepare(
-    task: TokenizedTask, length: int, too_long: str, bos_id: int | None
-) -> tuple[list[LmExample], LengthReport]:
+    task: TokenizedTask, converter: FeatureConverter, too_long: str
+) -> tuple[list[Any], LengthReport]:
     examples, truncated, dropped = [], 0, 0
     for index, (inputs, targets) in enumerate(zip(task.inputs, task.targets, strict=True)):
         try:
-            example = make_example(inputs, targets, length=length, too_long=too_long, bos_id=bos_id)
+            made = converter.make_example(inputs, targets, too_long)
         except DataError as error:
             raise DataError(f"task {task.name}, {task.split} example {index}: {error}") from None
-        if example is None:
+        if made is None:
             dropped += 1
             continue
-        truncated += example.num_prompt < len(inputs) + (bos_id is not None)
+        example, is_cut = made
+        truncated += is_cut
         examples.append(example)
     if not examples:
+        limits = " and ".join(f"length={limit}" for limit in converter.limits)
         raise DataError(
-            f"task {task.name}: none of its {len(task)} {task.split} examples fits length={length}"
+            f"task {task.name}: none of its {len(task)} {task.split} examples fits {limits}"
         )
     return examples, LengthReport(task.name, len(examples), truncated, dropped)
 
@@ -84,7 +80,6 @@ def _prepare(
 def _check_settings(
     tasks: Sequence[TokenizedTask],
     batch_size: int,
-    length: int,
     too_long: str,
     process_index: int,
     process_count: int,
@@ -92,7 +87,6 @@ def _check_settings(
     if not tasks:
         raise DataError("an input pipeline needs at least one task")
     check(batch_size >= 1, "batch_size", batch_size, "at least 1")
-    check(length >= 1, "length", length, "at least 1")
     check(too_long in TOO_LONG_POLICIES, "too_long", too_long, "/".join(TOO_LONG_POLICIES))
     check(process_count >= 1, "process_count", process_count, "at least 1")
     check(
@@ -127,14 +121,12 @@ class InputPipeline:
       tasks: the tasks; their index is the task id in the batches.
       rates: relative numbers of examples drawn from each task.
       batch_size: B, rows of the global batch.
-      length: T, positions of a row.
+      converter: makes the features of the model's kind, see `tasks.converters`.
       seed: of the stream, 0 or more.
       pack: several examples a row; False puts one into each.
       shuffle: a new order each epoch; False keeps the tasks' own order (tasks are still drawn at
         random).
       too_long: "error", "drop" or "truncate_inputs", see `tasks.features.make_example`.
-      bos_id: put before each prompt.
-      pad_id: the token at padded positions.
       process_index, process_count: which rows this process writes: batch_size / process_count of
         them.
 
@@ -152,29 +144,27 @@ class InputPipeline:
         rates: Sequence[float],
         *,
         batch_size: int,
-        length: int,
+        converter: FeatureConverter,
         seed: int,
         pack: bool = True,
         shuffle: bool = True,
         too_long: str = "error",
-        bos_id: int | None = None,
-        pad_id: int = 0,
         process_index: int = 0,
         process_count: int = 1,
     ):
-        _check_settings(tasks, batch_size, length, too_long, process_index, process_count)
+        _check_settings(tasks, batch_size, too_long, process_index, process_count)
         check(seed >= 0, "seed", seed, "0 or more")
         weights = np.asarray(rates, np.float64)
         check(weights.shape == (len(tasks),), "rates", rates, f"one for each of {len(tasks)} tasks")
         fits = bool(np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0)
         check(fits, "rates", rates, "finite numbers of at least 0, not all 0")
-        prepared = [_prepare(task, length, too_long, bos_id) for task in tasks]
+        prepared = [_prepare(task, converter, too_long) for task in tasks]
         self.reports = tuple(report for _, report in prepared)
         self._examples = [examples for examples, _ in prepared]
         self._sizes = [len(examples) for examples in self._examples]
         self._edges = np.cumsum(weights / weights.sum())
-        self._batch_size, self._length, self._seed = batch_size, length, seed
-        self._pack, self._shuffle, self._pad_id = pack, shuffle, pad_id
+        self._batch_size, self._converter, self._seed = batch_size, converter, seed
+        self._pack, self._shuffle = pack, shuffle
         self._num_rows = batch_size // process_count
         self._first_row = process_index * self._num_rows
         self._signature = {
@@ -183,12 +173,11 @@ class InputPipeline:
             "data": [task.fingerprint() for task in tasks],
             "rates": weights.tolist(),
             "batch_size": batch_size,
-            "length": length,
             "seed": seed,
             "pack": pack,
             "shuffle": shuffle,
             "too_long": too_long,
-            "bos_id": bos_id,
+            **converter.signature(),
         }
         # What is kept of the random streams: one block of draws, one permutation a task.
         self._block: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
@@ -216,7 +205,7 @@ class InputPipeline:
             self._block = (block, np.minimum(chosen, last))
         return int(self._block[1][offset])
 
-    def _example_of(self, task: int, count: int) -> LmExample:
+    def _example_of(self, task: int, count: int) -> Any:
         epoch, place = divmod(count, self._sizes[task])
         if self._shuffle:
             if self._orders.get(task, (-1,))[0] != epoch:
@@ -235,16 +224,16 @@ class InputPipeline:
             index += 1
 
     def next_batch(self) -> dict[str, np.ndarray]:
-        """The next batch, FEATURE_DTYPES of `tasks.features`, each (B / process_count, T)."""
+        """The next batch, the converter's features, each with B / process_count rows."""
         upcoming, taken = self._upcoming(), []
         if self._pack:
 
-            def lengths() -> Iterator[int]:
+            def lengths() -> Iterator[tuple[int, ...]]:
                 for item in upcoming:
                     taken.append(item)
-                    yield len(item.example)
+                    yield self._converter.lengths(item.example)
 
-            rows = first_fit(lengths(), self._batch_size, self._length)
+            rows = first_fit(lengths(), self._batch_size, self._converter.limits)
         else:
             rows = list(range(self._batch_size))
             taken = [next(upcoming) for _ in rows]
@@ -254,7 +243,7 @@ class InputPipeline:
         self._num_examples += len(items)
         self._num_batches += 1
         placed = _place(items, rows, self._first_row, self._num_rows)
-        return pack_rows(placed, self._length, pad_id=self._pad_id)
+        return self._converter.pack_rows(placed)
 
     def state(self) -> dict[str, Any]:
         """The place in the stream and what the stream hangs on, in values fit for JSON."""
@@ -308,11 +297,9 @@ def eval_batches(
     tasks: Sequence[TokenizedTask],
     *,
     batch_size: int,
-    length: int,
+    converter: FeatureConverter,
     pack: bool = True,
     too_long: str = "error",
-    bos_id: int | None = None,
-    pad_id: int = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -320,25 +307,28 @@ def eval_batches(
 
     Args and raises: see InputPipeline; errors are raised at the call, before the first batch.
     """
-    _check_settings(tasks, batch_size, length, too_long, process_index, process_count)
+    _check_settings(tasks, batch_size, too_long, process_index, process_count)
     items = [
         PlacedExample(example, task_id)
         for task_id, task in enumerate(tasks)
-        for example in _prepare(task, length, too_long, bos_id)[0]
+        for example in _prepare(task, converter, too_long)[0]
     ]
     num_rows = batch_size // process_count
+    # An example takes a position or more on each side.
+    most = batch_size * min(converter.limits)
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
         start = 0
         while start < len(items):
-            rest = items[start:] if not pack else items[start : start + batch_size * length]
+            rest = items[start:] if not pack else items[start : start + most]
             if pack:
-                rows = first_fit([len(item.example) for item in rest], batch_size, length)
+                lengths = (converter.lengths(item.example) for item in rest)
+                rows = first_fit(lengths, batch_size, converter.limits)
             else:
                 rows = list(range(min(batch_size, len(rest))))
             taken = items[start : start + len(rows)]
             placed = _place(taken, rows, process_index * num_rows, num_rows)
-            yield pack_rows(placed, length, pad_id=pad_id)
+            yield converter.pack_rows(placed)
             start += len(rows)
 
     return batches()

@@ -18,12 +18,19 @@ BLOCK_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+QK_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+GEMMA_NAMES = {
+    **BLOCK_NAMES,
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, block_names: Mapping[str, str] = BLOCK_NAMES) -> str:
     parts = name.split(".")
     if parts[1] == "layers":
-        return f"blk.{parts[2]}.{BLOCK_NAMES['.'.join(parts[3:-1])]}.{parts[-1]}"
+        return f"blk.{parts[2]}.{block_names['.'.join(parts[3:-1])]}.{parts[-1]}"
     stem = {"embed_tokens": "token_embd", "norm": "output_norm", "weight": "output"}[parts[1]]
     return f"{stem}.weight"
 
@@ -48,6 +55,12 @@ def add_config(writer: gguf.GGUFWriter, config: Mapping) -> None:
         writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(config["rope_theta"])
+    if config.get("sliding_window") and "gemma" in config["model_type"]:
+        writer.add_sliding_window(config["sliding_window"])
+    if config.get("attn_logit_softcapping"):
+        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+    if config.get("final_logit_softcapping"):
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
     if "head_dim" in config:
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
@@ -65,13 +78,15 @@ def write_gguf(
 
     Args:
       path: the file.
-      config: fields of a config.json of model_type llama or qwen2.
+      config: fields of a config.json.
       weights: Hugging Face tensors.
       kinds: pattern in a tensor's name -> how it is quantised; float32 if none matches.
       metadata: further fields; text, numbers, flags, and lists of them.
       extra: further tensors under their GGUF names.
     """
-    writer = gguf.GGUFWriter(path, config["model_type"])
+    writer = gguf.GGUFWriter(path, config["model_type"].removesuffix("_text"))
+    is_gemma = "gemma" in config["model_type"]
+    block_names = (GEMMA_NAMES if is_gemma else BLOCK_NAMES) | QK_NORMS
     add_config(writer, config)
     for key, value in (metadata or {}).items():
         if isinstance(value, bool):
@@ -95,10 +110,14 @@ def write_gguf(
         if array.ndim == 1:
             kind = Kind.F32
         stored = array if heads is None else permute(array, heads)
+        if is_gemma and name.endswith("norm.weight"):
+            stored = stored + np.float32(1)
         packed = gguf.quants.quantize(stored, kind)
-        writer.add_tensor(gguf_name(name), packed, raw_dtype=kind)
+        writer.add_tensor(gguf_name(name, block_names), packed, raw_dtype=kind)
         # Quantising works along a row, so it makes no difference in which order the rows are.
         meant[name] = gguf.quants.dequantize(gguf.quants.quantize(array, kind), kind)
+        if is_gemma and name.endswith("norm.weight"):
+            meant[name] = stored - np.float32(1)
     for name, array in (extra or {}).items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()

@@ -36,6 +36,45 @@ TINY_QWEN2 = {
     "use_sliding_window": False,
     "sliding_window": 32,
 }
+# Windows shorter than the sequences of the tests, heads that are not width / number, and caps that bend what they cap.
+TINY_QWEN3 = {
+    **TINY_LLAMA,
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "head_dim": 12,
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+}
+TINY_GEMMA2 = {
+    **{key: value for key, value in TINY_LLAMA.items() if key != "hidden_act"},
+    "model_type": "gemma2",
+    "architectures": ["Gemma2ForCausalLM"],
+    "head_dim": 12,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 20,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+    "sliding_window": 7,
+}
+TINY_GEMMA3 = {
+    **{key: value for key, value in TINY_GEMMA2.items() if key != "attn_logit_softcapping"},
+    "model_type": "gemma3_text",
+    "architectures": ["Gemma3ForCausalLM"],
+    "final_logit_softcapping": None,
+    "rope_theta": 1000000.0,
+    "rope_local_base_freq": 100.0,
+    "sliding_window": 5,
+    "sliding_window_pattern": 2,
+}
+FAMILIES = {
+    "llama": TINY_LLAMA,
+    "qwen2": TINY_QWEN2,
+    "qwen3": TINY_QWEN3,
+    "gemma2": TINY_GEMMA2,
+    "gemma3": TINY_GEMMA3,
+}
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -65,6 +104,16 @@ def tensor_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:
             block + "mlp.up_proj.weight": (f, d),
             block + "mlp.down_proj.weight": (d, f),
         }
+        if "gemma" in config["model_type"]:
+            shapes |= {
+                block + "pre_feedforward_layernorm.weight": (d,),
+                block + "post_feedforward_layernorm.weight": (d,),
+            }
+        if config["model_type"] in ("qwen3", "gemma3_text"):
+            shapes |= {
+                block + "self_attn.q_norm.weight": (hd,),
+                block + "self_attn.k_norm.weight": (hd,),
+            }
         if config["model_type"] == "qwen2":
             shapes |= {
                 block + "self_attn.q_proj.bias": (q,),
@@ -78,20 +127,29 @@ def tensor_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:
 
 
 def weights_by_rule(config: Mapping) -> dict[str, np.ndarray]:
+    """Returns the weights of a model, see `values_by_rule`."""
+    norm_start = 0 if "gemma" in config["model_type"] else 1
+    return values_by_rule(tensor_shapes(config), norm_start)
+
+
+def values_by_rule(
+    shapes: Mapping[str, tuple[int, ...]], norm_start: int = 1
+) -> dict[str, np.ndarray]:
     """Returns the same float32 weights everywhere: they follow from the tensors' names and shapes.
 
     Element i of tensor `name` is the finaliser of MurmurHash3 of i + crc32(name), mapped to
-    (-1, 1), times sqrt(3 / columns) in matrices; norms are 1 + 0.2 of it, biases 0.5 of it.
+    (-1, 1), times sqrt(3 / columns) in matrices; norms are `norm_start` + 0.2 of it (0 for Gemma,
+    which adds the 1 itself), biases 0.5 of it.
     """
     weights = {}
-    for name, shape in tensor_shapes(config).items():
+    for name, shape in shapes.items():
         x = np.arange(math.prod(shape), dtype=np.uint32) + np.uint32(zlib.crc32(name.encode()))
         x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
         x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
         x = x ^ (x >> 16)
         unit = x.astype(np.float64) / 2**31 - 1
         if name.endswith("norm.weight"):
-            unit = 1 + 0.2 * unit
+            unit = norm_start + 0.2 * unit
         elif name.endswith("bias"):
             unit = 0.5 * unit
         else:

@@ -87,6 +87,11 @@ class AdapterSetConfig(AdapterConfig):
         restricted = dataclasses.replace(self, members=members)
         return restricted if restricted._present else None
 
+    def check_model(self, projections: Mapping[str, tuple[int, int]]) -> None:
+        """Raises ConfigError if a member does not fit a model."""
+        for _, config in self._present:
+            config.check_model(projections)
+
     def to_dict(self) -> dict[str, Any]:
         """Names and fields of the members, as plain data for logs; `make_config` does not take it."""
         members = {name: config.to_dict() for name, config in self._present}

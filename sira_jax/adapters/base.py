@@ -17,9 +17,22 @@ from sira_jax.adapters.context import AdapterContext, Projection
 from sira_jax.errors import ConfigError, MergeError, check, is_finite_number, is_whole_number
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
-# Where they are in a decoder block, which is what patterns match.
+# Where they are in the block of a decoder-only model, which is what patterns match.
 PATHS = tuple(f"{'attention' if name in 'qkvo' else 'mlp'}/{name}" for name in PROJECTIONS)
+# What the projections of the T5 family, whose parameters have T5X's names, are called in patterns besides.
+ALIASES = {
+    "query": "q",
+    "key": "k",
+    "value": "v",
+    "out": "o",
+    "wi": "up",
+    "wi_0": "gate",
+    "wi_1": "up",
+    "wo": "down",
+}
 ADAPTER = "adapter"
+# Where a stack's layers are in its parameter tree: together, or apart as layers_0, layers_1, ...
+STACKED = "layers"
 # What an adapter keeps beside its trained parameters (masks, scores, merged sums, frozen random factors) are leaves
 # whose names start so: they are saved and restored with the adapter, and no gradient or optimizer state exists for them.
 BUFFER = "buffer_"
@@ -73,7 +86,8 @@ class AdapterConfig(abc.ABC):
       alpha: numerator of the scale s = alpha / rank.
       dropout_rate: dropout on the input of the low-rank pair, in training.
       targets: projections that carry an adapter: names out of q, k, v, o, gate, up, down, or regular expressions that match a
-        whole name or a whole path ("attention/q", "mlp/(gate|up)"). A single string is one such pattern.
+        whole name or a whole path ("attention/q", "mlp/(gate|up)", "encoder/.*"). A single string is one such pattern. The
+        T5 family's query, key, value, out, wi_0, wi_1, wi and wo answer to q, k, v, o, gate, up, up and down too.
       overrides: pairs of a pattern and the fields that differ on the projections it matches, for example
         (("down", {"rank": 8}),); a mapping is taken too. Later pairs win. Held as nested tuples, so that the config stays
         hashable.
@@ -181,6 +195,22 @@ class AdapterConfig(abc.ABC):
     def flops_per_token(self, d_in: int, d_out: int) -> AdapterFlops:
         """Forward FLOPs that the equation needs a token (what a dispatch algorithm adds is not counted)."""
 
+    def check_model(self, projections: Mapping[str, tuple[int, int]]) -> None:
+        """Raises ConfigError if the adapter does not fit a model.
+
+        Args:
+          projections: path -> (d_in, d_out) of all that the model has, see `models.Stack.projections`.
+        """
+        allowed = f"it matches no projection, which are {', '.join(projections)}"
+        is_any = any(self.is_target(path) for path in projections)
+        check(is_any, "adapter.targets", self.targets, allowed)
+        patterns = [("adapter.targets", target) for target in self.targets]
+        patterns += [("adapter.overrides", pattern) for pattern, _ in self.overrides]
+        for field, pattern in patterns:
+            # A misspelt one would just do nothing. The default names what not every model has: T5 1.0 has no gate.
+            is_useful = any(matches(pattern, path) for path in projections)
+            check(is_useful or pattern in PROJECTIONS, field, pattern, allowed)
+
     # Hooks for methods that need more than their projection's view. The defaults do nothing, and neither models nor
     # training ask which method it is.
 
@@ -253,14 +283,37 @@ def _check_pattern(field: str, pattern: object) -> None:
         raise ConfigError(f"{field}={pattern!r} is not allowed: {allowed} ({error})") from None
 
 
+def split_layer(path: Path) -> tuple[Path, int | None, Path]:
+    """A module's path in the model as (prefix of its stack, layer or None where layers are stacked, path in the block).
+
+    ("encoder", "layers_3", "attention", "query") is (("encoder",), 3, ("attention", "query")).
+    """
+    for at, name in enumerate(path):
+        if name == STACKED:
+            return path[:at], None, path[at + 1 :]
+        if re.fullmatch(rf"{STACKED}_\d+", name):
+            return path[:at], int(name.removeprefix(f"{STACKED}_")), path[at + 1 :]
+    raise ValueError(f"{'/'.join(path)} is in no layer")
+
+
 def projection_name(path: Path) -> str:
-    """The path inside the block, "attention/q", of a module's path in the model: what targets and overrides match."""
-    return "/".join(path[-2:])
+    """The path inside the block, "attention/q" or "encoder/attention/query", of a module's path in the model.
+
+    This is what targets and overrides match.
+    """
+    prefix, _, inner = split_layer(path)
+    return "/".join((*prefix, *inner))
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether a target or the pattern of an override fits the projection at `path`: by its name or its whole path."""
-    return any(re.fullmatch(pattern, name) for name in (path, path.rsplit("/", 1)[-1]))
+    """Whether a target or the pattern of an override fits the projection at `path`: by its name or its whole path.
+
+    Where the name is one of ALIASES, the other name and the path that ends in it count too.
+    """
+    *parents, last = path.split("/")
+    names = {last, ALIASES.get(last, last)}
+    names |= {"/".join((*parents, name)) for name in names}
+    return any(re.fullmatch(pattern, name) for name in names)
 
 
 def _freeze_overrides(config: AdapterConfig, overrides: Any) -> tuple:

@@ -12,16 +12,17 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sira_jax.adapters.base import ADAPTER, AdapterFlops, Path, StepInfo
 from sira_jax.adapters.checks import check_between, check_count
 from sira_jax.adapters.context import AdapterContext, Projection
 from sira_jax.adapters.low_rank import LowRankConfig, low_rank_term
 from sira_jax.adapters.trees import (
-    STACKED,
     by_layer,
     by_projection,
     from_projections,
+    is_stacked,
 )
 from sira_jax.errors import check
 
@@ -131,10 +132,10 @@ class DynamicDoRAConfig(LowRankConfig):
         """
         leaves = by_projection(adapter)
         components = _stack_layers(leaves)
-        layers = next(iter(components.values()))["lora_a"].shape[0]
-        start_rank = sum(tree["buffer_mask"].shape[-1] for tree in components.values())
-        kept_rank = sum(self.for_projection(name).rank for name in components)
-        excess = layers * (start_rank - kept_rank)
+        excess = 0
+        for name, tree in components.items():
+            layers, start_rank = tree["buffer_mask"].shape
+            excess += layers * (start_rank - self.for_projection(name).rank)
         events = self.pruning_events(info.num_steps)
         steps_P = jnp.array([step for step, _ in events], jnp.int32)
         counts_P = jnp.array([math.floor(share * excess) for _, share in events], jnp.int32)
@@ -189,7 +190,7 @@ def _stack_layers(leaves: Mapping[Path, Mapping[str, jax.Array]]) -> Components:
     components = {}
     for name in sorted(places):
         trees = [leaves[path] for path, _ in places[name]]
-        if places[name][0][0][0] == STACKED:
+        if is_stacked(places[name][0][0]):
             components[name] = dict(trees[0])
         else:
             components[name] = jax.tree.map(lambda *layers: jnp.stack(layers), *trees)
@@ -215,13 +216,19 @@ def _prune(components: Components, count: jax.Array, is_last: jax.Array) -> Comp
 
     Of equal scores that of the earlier layer goes first, then by the projection's name, then that of the lower index.
     """
-    scores_LM = jnp.concatenate([tree["buffer_score"] for tree in components.values()], axis=1)
-    order = jnp.argsort(scores_LM.ravel(), stable=True)
-    places_LM = jnp.argsort(order).reshape(scores_LM.shape)
+    shapes = {name: tree["buffer_score"].shape for name, tree in components.items()}
+    # Stacks of layers may differ in depth: component i of the concatenated scores is of layer layers_N[i].
+    layers_N = np.concatenate(
+        [np.repeat(np.arange(shape[0]), shape[1]) for shape in shapes.values()]
+    )
+    by_layer_N = np.argsort(layers_N, kind="stable")
+    scores_N = jnp.concatenate([tree["buffer_score"].ravel() for tree in components.values()])
+    order_N = jnp.asarray(by_layer_N)[jnp.argsort(scores_N[by_layer_N], stable=True)]
+    places_N = jnp.argsort(order_N)
     pruned, start = {}, 0
     for name, tree in components.items():
-        end = start + tree["buffer_score"].shape[1]
-        kept_LR = (places_LM[:, start:end] >= count).astype(jnp.float32)
+        end = start + math.prod(shapes[name])
+        kept_LR = (places_N[start:end] >= count).astype(jnp.float32).reshape(shapes[name])
         start = end
         pruned[name] = tree | {
             "component_scale": tree["component_scale"] * kept_LR,

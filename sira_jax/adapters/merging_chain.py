@@ -20,15 +20,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sira_jax.adapters.base import AdapterConfig, Path, StepInfo, projection_name
+from sira_jax.adapters.base import (
+    AdapterConfig,
+    Path,
+    StepInfo,
+    projection_name,
+    split_layer,
+)
 from sira_jax.adapters.checks import check_count
 from sira_jax.adapters.context import Projection
 from sira_jax.adapters.low_rank import add_to_kernel
 from sira_jax.adapters.trees import (
-    STACKED,
     by_layer,
     by_projection,
     from_projections,
+    is_stacked,
     map_stacked,
 )
 from sira_jax.errors import check
@@ -97,16 +103,16 @@ class MergingChainConfig(AdapterConfig):
         """
         projections = by_projection(adapter)
         layers = _layers_of(projections)
-        num_layers = max(len(places) for places in by_layer(projections).values())
         choice_key, draw_key = jax.random.split(key)
-        active_L = self.choose_layers(choice_key, num_layers)
+        active = self._active_layers(projections, choice_key)
         started = {}
         for path, leaves in projections.items():
             name = projection_name(path)
             config = self.for_projection(name)
             own_key = jax.random.fold_in(draw_key, zlib.crc32(name.encode()))
+            active_L = active[split_layer(path)[0]]
 
-            def fresh(leaves, layer, config=config, own_key=own_key):
+            def fresh(leaves, layer, config=config, own_key=own_key, active_L=active_L):
                 key = jax.random.fold_in(own_key, layer)
                 return config.fresh_stage(leaves, key, active_L[layer])
 
@@ -115,6 +121,22 @@ class MergingChainConfig(AdapterConfig):
                 **map_stacked(path, fresh, leaves, layers[path]),
             }
         return from_projections(started)
+
+    def _active_layers(
+        self, projections: Mapping[Path, Leaves], key: jax.Array
+    ) -> dict[Path, jax.Array]:
+        """Prefix of each stack of layers -> `choose_layers` of it; an encoder's and a decoder's are drawn apart."""
+        counts: dict[Path, int] = {}
+        for places in by_layer(projections).values():
+            prefix = split_layer(places[0][0])[0]
+            counts[prefix] = max(counts.get(prefix, 0), len(places))
+        return {
+            prefix: self.choose_layers(
+                jax.random.fold_in(key, zlib.crc32("/".join(prefix).encode())) if prefix else key,
+                count,
+            )
+            for prefix, count in counts.items()
+        }
 
     def initialise(self, adapter: dict[str, Any], key: jax.Array) -> dict[str, Any]:
         """The first stage; the product that it merges of fresh parameters is 0."""
@@ -138,7 +160,7 @@ class MergingChainConfig(AdapterConfig):
 def _add_product(config: MergingChainConfig, path: Path, leaves: Leaves) -> jax.Array:
     """M + s A B of one projection, (D, F) or stacked."""
     merged = leaves[MERGED]
-    if path[0] != STACKED:
+    if not is_stacked(path):
         return merged + config.delta(leaves)
     factors = {name: leaf for name, leaf in leaves.items() if name != MERGED}
 
@@ -153,13 +175,11 @@ def _add_product(config: MergingChainConfig, path: Path, leaves: Leaves) -> jax.
 def _layers_of(projections: Mapping[Path, Leaves]) -> dict[Path, jax.Array]:
     """Index of each module's layer, int32: (L,) where they are stacked, a scalar where they are apart."""
     found: dict[Path, list[int]] = {}
-    is_stacked: dict[Path, bool] = {}
     for places in by_layer(projections).values():
-        for layer, (path, place) in enumerate(places):
+        for layer, (path, _) in enumerate(places):
             found.setdefault(path, []).append(layer)
-            is_stacked[path] = place is not None
     return {
-        path: jnp.asarray(layers if is_stacked[path] else layers[0], jnp.int32)
+        path: jnp.asarray(layers if is_stacked(path) else layers[0], jnp.int32)
         for path, layers in found.items()
     }
 

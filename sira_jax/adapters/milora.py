@@ -24,7 +24,7 @@ from sira_jax.adapters.base import (
 from sira_jax.adapters.checks import check_count, check_not_negative
 from sira_jax.adapters.context import AdapterContext, Projection
 from sira_jax.adapters.low_rank import lora_pair
-from sira_jax.errors import MergeError, check
+from sira_jax.errors import ConfigError, MergeError, check
 
 POOLINGS = ("attention", "mean", "max", "last")
 # Overrides of a projection: the rest belongs to the block's router.
@@ -106,6 +106,15 @@ class MiLoRAConfig(AdapterConfig):
                 f"adapter.overrides[{pattern!r}]",
                 names,
                 f"fields out of {', '.join(OVERRIDABLE)}, as a block's projections share one router",
+            )
+
+    def check_model(self, projections: Mapping[str, tuple[int, int]]) -> None:
+        super().check_model(projections)
+        others = [path for path in projections if path not in PATHS and self.is_target(path)]
+        if others:
+            raise ConfigError(
+                f"adapter.method={self.method!r} is not allowed: it routes by the prompt that each block reads, and a"
+                f" decoder with an encoder reads none; the model has {others[0]}"
             )
 
     @property

@@ -1,11 +1,11 @@
 """The adapter tree of a whole model: taking it apart by projection and by layer, merging, counting.
 
 A projection is named by its module's path: ("layers", "attention", "q") where the layers are stacked on axis 0,
-("layers_3", "attention", "q") where they are apart.
+("layers_3", "attention", "q") where they are apart, ("encoder", "layers", "attention", "query") in a stack of several.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
 import jax
 from flax import traverse_util
@@ -17,9 +17,15 @@ from sira_jax.adapters.base import (
     is_adapter,
     is_trained,
     projection_name,
+    split_layer,
 )
 
-STACKED = "layers"
+
+class LayerStack(Protocol):
+    """What is counted of a model's stack of equal blocks; `models.Stack` is one."""
+
+    num_layers: int
+    projections: Mapping[str, tuple[int, int]]
 
 
 def partition(
@@ -65,17 +71,23 @@ def by_layer(leaves: Mapping[Path, Any]) -> dict[str, list[tuple[Path, int | Non
     layers: dict[str, dict[int, tuple[Path, int | None]]] = {}
     for path, tree in leaves.items():
         places = layers.setdefault(projection_name(path), {})
-        if path[0] == STACKED:
+        layer = split_layer(path)[1]
+        if layer is None:
             count = jax.tree.leaves(tree)[0].shape[0]
             places |= {layer: (path, layer) for layer in range(count)}
         else:
-            places[int(path[0].removeprefix(f"{STACKED}_"))] = (path, None)
+            places[layer] = (path, None)
     return {name: [places[layer] for layer in sorted(places)] for name, places in layers.items()}
+
+
+def is_stacked(path: Path) -> bool:
+    """Whether the leaves of the module at `path` have a first axis of layers."""
+    return split_layer(path)[1] is None
 
 
 def map_stacked(path: Path, function: Callable, *trees: Any) -> Any:
     """`function(*trees)` of one layer; mapped over the first axis where the path's layers are stacked."""
-    return jax.vmap(function)(*trees) if path[0] == STACKED else function(*trees)
+    return jax.vmap(function)(*trees) if is_stacked(path) else function(*trees)
 
 
 def merge(adapter: AdapterConfig, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,9 +119,8 @@ def replace_kernels(
 
 def count_model_parameters(
     adapter: AdapterConfig,
-    projections: Mapping[str, tuple[int, int]],
+    stacks: Iterable[LayerStack],
     emb_dim: int,
-    layers: int,
     *,
     active: bool = False,
 ) -> int:
@@ -117,15 +128,17 @@ def count_model_parameters(
 
     Args:
       adapter: config.
-      projections: path in a block -> (d_in, d_out), see `DecoderConfig.projections`.
+      stacks: the model config's `stacks`.
       emb_dim: width of the residual stream.
-      layers: blocks.
       active: count only what a token uses (see `AdapterConfig.active_parameters`).
     """
-    total = adapter.count_block_parameters(emb_dim)
-    for path, (d_in, d_out) in projections.items():
-        config = adapter.for_projection(path)
-        if config:
-            count = config.active_parameters if active else config.count_parameters
-            total += count(d_in, d_out)
-    return layers * total
+    total = 0
+    for stack in stacks:
+        block = adapter.count_block_parameters(emb_dim)
+        for path, (d_in, d_out) in stack.projections.items():
+            config = adapter.for_projection(path)
+            if config:
+                count = config.active_parameters if active else config.count_parameters
+                block += count(d_in, d_out)
+        total += stack.num_layers * block
+    return total

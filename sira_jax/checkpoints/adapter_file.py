@@ -20,9 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from sira_jax.adapters.base import ADAPTER, AdapterConfig, Path
+from sira_jax.adapters.base import ADAPTER, STACKED, AdapterConfig, Path, split_layer
 from sira_jax.adapters.registry import make_config
-from sira_jax.adapters.trees import STACKED
 from sira_jax.checkpoints import layout
 from sira_jax.checkpoints.safetensors import (
     DTYPES,
@@ -60,7 +59,6 @@ SIZES = {
 }
 _FIELDS = ("type", "version", "adapter", "base")
 _BASE_FIELDS = ("fingerprint", "param_dtype")
-_LAYERS = re.compile(rf"{STACKED}(?:_(\d+))?")
 _PICKLE = "adapter_model.bin"
 _LISTED = 3  # tensors named in one message
 differences = functools.partial(layout.differences, most=_LISTED)
@@ -89,20 +87,19 @@ def tensor_places(adapter: Mapping[str, Any]) -> dict[str, tuple[Path, int | Non
     Args:
       adapter: the adapter tree of a whole model, layers stacked or apart; arrays or shapes.
     """
-    # In the order of the layers, those of one stack after those of another.
-    ordered: dict[tuple[Path, int, str], tuple[str, tuple[Path, int | None]]] = {}
+    places: dict[tuple, tuple[Path, int | None]] = {}
     for path, leaf in traverse_util.flatten_dict(adapter).items():
-        stack_at = next(place for place, name in enumerate(path) if _LAYERS.fullmatch(name))
-        stack, (layers, *below) = path[:stack_at], path[stack_at:]
-        at = below.index(ADAPTER)
+        prefix, own_layer, inner = split_layer(path)
         # A projection's leaves need no word between; the leaves of a block's own module keep theirs.
-        inner = (*below[:at], *below[at + 1 :]) if at > 0 else below
-        is_stacked = layers == STACKED
-        found = range(leaf.shape[0]) if is_stacked else [int(_LAYERS.fullmatch(layers)[1])]
-        for layer in found:
-            name = ".".join((*stack, STACKED, str(layer), *inner))
-            ordered[stack, layer, name] = (name, (path, layer if is_stacked else None))
-    return dict(ordered[key] for key in sorted(ordered))
+        if inner[0] != ADAPTER:
+            inner = tuple(name for name in inner if name != ADAPTER)
+        layers = range(leaf.shape[0]) if own_layer is None else [own_layer]
+        for layer in layers:
+            places[prefix, layer, inner] = (path, layer if own_layer is None else None)
+    return {
+        ".".join((*prefix, STACKED, str(layer), *inner)): place
+        for (prefix, layer, inner), place in sorted(places.items())
+    }
 
 
 def tensor_shapes(adapter: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -34,6 +34,7 @@ from sira_jax.checkpoints.safetensors import (
     read_json,
     write_safetensors,
 )
+from sira_jax.checkpoints.text_part import text_part
 from sira_jax.checkpoints.tokenizer import (
     SpecialTokens,
     added_token_id,
@@ -96,8 +97,8 @@ def load_base_model(
 
     Args:
       path: a Hugging Face folder (config.json, safetensors in one file or in shards,
-        tokenizer.json) of a model_type that docs/models.md lists, or a GGUF file of architecture
-        llama or qwen2.
+        tokenizer.json) of a model_type that docs/models.md lists, or a GGUF file of an architecture
+        listed there. Of a Gemma 3 that reads images, the language model is loaded.
       param_dtype: type the parameters are held in: float32, bfloat16 or float16.
       dtype: type of the computation.
       scan_layers: stack the layers' parameters along axis 0.
@@ -123,7 +124,7 @@ def load_base_model(
             return _describe_gguf(source, params)
     config = read_model_config(path, **options)
     with contextlib.closing(SafetensorsFolder(path)) as tensors:
-        params = load_params(tensors, config, sharding_fn)
+        params = load_params(text_part(tensors), config, sharding_fn)
     return _describe_folder(path, config, params)
 
 
@@ -260,7 +261,7 @@ def save_hf_folder(
 
     Args:
       path: the folder; made if it is not there, files of the same names are replaced.
-      config: of the model; it decides the model_type.
+      config: of the model; its fields say which model_type is written.
       params: the model's plain parameters, without adapters; each is written in its own type.
       tokenizer_json: text of tokenizer.json.
       special: ids for generation_config.json.
@@ -268,7 +269,8 @@ def save_hf_folder(
       max_shard_bytes: a weights file never holds more, unless one tensor does.
 
     Raises:
-      ModelFileError: if the parameters are not those of the config, for example unmerged adapters.
+      ModelFileError: if the parameters are not those of the config, for example unmerged adapters,
+        or if no model_type describes the config.
     """
     path = os.fspath(path)
     special = special or SpecialTokens()

@@ -5,6 +5,8 @@ from types import MappingProxyType
 
 from sira_jax.checkpoints.hf_config import (
     CONFIG,
+    MODEL_TYPES,
+    Fields,
     read_decoder_config,
     to_hf_config,
 )
@@ -12,6 +14,9 @@ from sira_jax.checkpoints.hf_t5_config import T5_FAMILIES, read_t5_config, t5_to
 from sira_jax.checkpoints.safetensors import read_json
 from sira_jax.models import DecoderConfig, EncoderDecoderConfig, ModelConfig
 
+_READERS = MappingProxyType(
+    dict.fromkeys(MODEL_TYPES, read_decoder_config) | dict.fromkeys(T5_FAMILIES, read_t5_config)
+)
 _WRITERS = MappingProxyType({DecoderConfig: to_hf_config, EncoderDecoderConfig: t5_to_hf_config})
 
 
@@ -30,9 +35,10 @@ def read_model_config(path: str, **options: object) -> ModelConfig:
     file = os.path.join(path, CONFIG)
     content = read_json(file)
     model_type = content.get("model_type")
-    if isinstance(model_type, str) and model_type in T5_FAMILIES:
-        return read_t5_config(path, **options)
-    return read_decoder_config(path, **options)
+    reader = _READERS.get(model_type) if isinstance(model_type, str) else None
+    if reader is None:
+        raise Fields(file, content).fail("model_type", f"one of {', '.join(_READERS)}")
+    return reader(path, **options)
 
 
 def write_model_config(config: ModelConfig) -> dict[str, object]:

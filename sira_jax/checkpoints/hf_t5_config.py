@@ -13,16 +13,22 @@ from sira_jax.models.encoder_decoder_config import EncoderDecoderConfig
 
 @dataclasses.dataclass(frozen=True)
 class _Family:
-    """What transformers assumes of a model_type, the first two where config.json is silent."""
+    """What transformers assumes of a model_type.
+
+    Attributes:
+      feed_forward: feed_forward_proj where config.json is silent.
+      may_scale: the logits may be scaled; see `_is_tied`.
+      relpos_per_layer: every block has its own relative positions.
+    """
 
     feed_forward: str = "gated-gelu"
-    tie_embeddings: bool = False
+    may_scale: bool = True
     relpos_per_layer: bool = False
 
 
 T5_FAMILIES = {
-    "t5": _Family(feed_forward="relu", tie_embeddings=True),
-    "mt5": _Family(),
+    "t5": _Family(feed_forward="relu"),
+    "mt5": _Family(may_scale=False),
     "umt5": _Family(relpos_per_layer=True),
 }
 # "gated-gelu" has the tanh approximation there; the exact "gelu" of a plain MLP is not among our activations.
@@ -64,11 +70,6 @@ def read_t5_config(path: str, **options: object) -> EncoderDecoderConfig:
         raise ModelFileError(f"{file}: quantization_config is not supported: load the full model")
     if content.get("is_encoder_decoder") is False:
         raise fields.fail("is_encoder_decoder", "true, the encoder alone is no language model")
-    tie = family.tie_embeddings
-    if content.get("tie_word_embeddings") is not None:
-        tie = fields.flag("tie_word_embeddings")
-    if content.get("scale_decoder_outputs") not in (None, tie):
-        raise fields.fail("scale_decoder_outputs", f"{tie}, as tie_word_embeddings")
     num_layers = fields.count("num_layers")
     start = content.get("decoder_start_token_id")
     try:
@@ -81,7 +82,7 @@ def read_t5_config(path: str, **options: object) -> EncoderDecoderConfig:
             num_encoder_layers=num_layers,
             num_decoder_layers=fields.count("num_decoder_layers", num_layers),
             mlp_activations=_read_activations(fields, family),
-            tie_embeddings=tie,
+            tie_embeddings=_is_tied(fields, family),
             norm_eps=fields.number("layer_norm_epsilon", 1e-6),
             relpos_num_buckets=fields.count("relative_attention_num_buckets", 32),
             relpos_max_distance=fields.count("relative_attention_max_distance", 128),
@@ -92,6 +93,21 @@ def read_t5_config(path: str, **options: object) -> EncoderDecoderConfig:
         )
     except ConfigError as error:
         raise ModelFileError(f"{file}: {error}") from None
+
+
+def _is_tied(fields: Fields, family: _Family) -> bool:
+    """Whether the logits reuse the token embedding, scaled.
+
+    tie_word_embeddings says this up to transformers 4. From 5 on it is always true when written, tensors alone tell whether
+    there are two, and scale_decoder_outputs says whether T5 1.0's scaling goes with it; mT5 never has it. A model that ties
+    without scaling is loaded as one whose two matrices are equal.
+    """
+    is_tied = fields.content.get("tie_word_embeddings") is None or fields.flag(
+        "tie_word_embeddings"
+    )
+    if fields.content.get("scale_decoder_outputs") is not None:
+        is_tied = fields.flag("scale_decoder_outputs")
+    return family.may_scale and is_tied
 
 
 def _read_activations(fields: Fields, family: _Family) -> tuple[str, ...]:

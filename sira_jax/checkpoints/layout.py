@@ -45,7 +45,7 @@ def _decoder_layout(config: DecoderConfig) -> Layout:
     optional = {}
     if config.tie_embeddings:
         optional["lm_head.weight"] = (config.vocab_size, config.emb_dim)
-    return Layout(_decoder_leaves(config), optional, "rotary_emb.inv_freq")
+    return Layout(_decoder_leaves(config), optional, ignored_suffix="rotary_emb.inv_freq")
 
 
 def _decoder_leaves(config: DecoderConfig) -> list[Leaf]:
@@ -58,11 +58,24 @@ def _decoder_leaves(config: DecoderConfig) -> list[Leaf]:
         (("attention", "k", "kernel"), (d, kv), "self_attn.k_proj.weight"),
         (("attention", "v", "kernel"), (d, kv), "self_attn.v_proj.weight"),
         (("attention", "o", "kernel"), (q, d), "self_attn.o_proj.weight"),
-        (("mlp_norm", "scale"), (d,), "post_attention_layernorm.weight"),
         (("mlp", "gate", "kernel"), (d, f), "mlp.gate_proj.weight"),
         (("mlp", "up", "kernel"), (d, f), "mlp.up_proj.weight"),
         (("mlp", "down", "kernel"), (f, d), "mlp.down_proj.weight"),
     ]
+    if config.sandwich_norms:
+        # What other families call post_attention is the norm before the MLP.
+        block += [
+            (("post_attention_norm", "scale"), (d,), "post_attention_layernorm.weight"),
+            (("mlp_norm", "scale"), (d,), "pre_feedforward_layernorm.weight"),
+            (("post_mlp_norm", "scale"), (d,), "post_feedforward_layernorm.weight"),
+        ]
+    else:
+        block += [(("mlp_norm", "scale"), (d,), "post_attention_layernorm.weight")]
+    if config.qk_norm:
+        block += [
+            (("attention", "q_norm", "scale"), (config.head_dim,), "self_attn.q_norm.weight"),
+            (("attention", "k_norm", "scale"), (config.head_dim,), "self_attn.k_norm.weight"),
+        ]
     if config.qkv_bias:
         block += [
             (("attention", "q", "bias"), (q,), "self_attn.q_proj.bias"),
@@ -125,7 +138,7 @@ def check_tensors(
         raise ModelFileError(
             f"{source.path}: {len(source.shapes)} tensors cannot make {num_layers} layers"
         )
-    layout = layout_of(config)
+    layout = layout_of(config).stored_in(source.shapes)
     expected = {name: leaf.tensor_shape for leaf in layout.leaves for name in leaf.names}
     ignored = layout.ignored_suffix
     found = {
@@ -196,9 +209,10 @@ def load_params(
     check_tensors(source, config, layout_of)
     dtype = jax.numpy.dtype(config.param_dtype)
     params: dict = {}
+    table = layout_of(config).stored_in(source.shapes).leaves
     # Largest first: while JAX takes a leaf over, two copies of that leaf may exist; at the start
     # there is room for it.
-    for leaf in sorted(layout_of(config).leaves, key=lambda leaf: -leaf.size):
+    for leaf in sorted(table, key=lambda leaf: -leaf.size):
         sharding = sharding_fn(leaf.path, leaf.shape) if sharding_fn else None
         *parents, last = leaf.path
         node = params

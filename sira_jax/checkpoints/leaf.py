@@ -5,7 +5,7 @@ Axis letters: L layers.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 Path = tuple[str, ...]
 
@@ -46,9 +46,24 @@ class Layout:
     Attributes:
       leaves: every leaf of the parameters, in the order of a checkpoint.
       optional: name -> shape of tensors that may be there and are passed over.
+      aliases: name -> other names, one of which may hold a tensor that is missing under its own.
       ignored_suffix: tensors whose names end so are passed over whatever their shape; "" for none.
     """
 
     leaves: list[Leaf]
     optional: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    aliases: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     ignored_suffix: str = ""
+
+    def stored_in(self, names: Collection[str]) -> "Layout":
+        """The same with the names that a checkpoint of the tensors `names` has."""
+
+        def own(name: str) -> str:
+            others = self.aliases.get(name, ())
+            return next((found for found in (name, *others) if found in names), name)
+
+        leaves = [
+            dataclasses.replace(leaf, names=tuple(own(name) for name in leaf.names))
+            for leaf in self.leaves
+        ]
+        return dataclasses.replace(self, leaves=leaves)

@@ -21,6 +21,7 @@ _PARTS = {
         ("mlp", "pre_mlp_layer_norm", "DenseReluDense"),
     ),
 }
+_EMBEDDING, _LOGITS = "shared.weight", "lm_head.weight"
 _HEADS = {"query": "q", "key": "k", "value": "v", "out": "o"}
 _RELPOS = ("relpos_bias", "rel_embedding")
 _RELPOS_NAME = "layer.0.SelfAttention.relative_attention_bias.weight"
@@ -31,18 +32,22 @@ _TRANSPOSED = ("kernel", "rel_embedding")
 def t5_layout(config: EncoderDecoderConfig) -> Layout:
     """What a Hugging Face checkpoint holds.
 
-    Passed over are further copies of tied embeddings, and a table of relative positions that old checkpoints have, and no
+    The embedding may be there under any of its names, further copies of it are passed over, and logits without a matrix of
+    their own have the embedding's. Passed over is as well a table of relative positions that old checkpoints have, and no
     model uses, in the attention to the encoder.
     """
     table = (config.vocab_size, config.emb_dim)
     optional = {f"{stack}.embed_tokens.weight": table for stack in _PARTS}
+    optional[_EMBEDDING] = table
+    if config.tie_embeddings:
+        optional[_LOGITS] = table
+    names = tuple(optional)
+    aliases = {_EMBEDDING: names, _LOGITS: names}
     optional["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = (
         config.relpos_num_buckets,
         config.num_heads,
     )
-    if config.tie_embeddings:
-        optional["lm_head.weight"] = table
-    return Layout(list(_leaves(config)), optional)
+    return Layout(list(_leaves(config)), optional, aliases)
 
 
 def t5x_layout(config: EncoderDecoderConfig) -> Layout:
@@ -59,13 +64,13 @@ def t5x_layout(config: EncoderDecoderConfig) -> Layout:
 
 def _leaves(config: EncoderDecoderConfig) -> Iterator[Leaf]:
     d = config.emb_dim
-    yield _single(("token_embedder", "embedding"), (config.vocab_size, d), "shared.weight")
+    yield _single(("token_embedder", "embedding"), (config.vocab_size, d), _EMBEDDING)
     for stack in config.stacks:
         (name,) = stack.prefix
         yield from _stack_leaves(config, name, stack.num_layers)
     if not config.tie_embeddings:
         path = ("decoder", "logits_dense", "kernel")
-        yield _single(path, (d, config.vocab_size), "lm_head.weight")
+        yield _single(path, (d, config.vocab_size), _LOGITS)
 
 
 def _stack_leaves(config: EncoderDecoderConfig, stack: str, num_layers: int) -> Iterator[Leaf]:

@@ -3,8 +3,8 @@
 A checkpoint is a folder (checkpoint_1100000) with a msgpack file `checkpoint`, {"version", "optimizer": {"target": parameters,
 "state": ...}}, whose leaves are arrays or, of parameters that were partitioned, a description of a zarr array in a folder
 beside it (target.encoder.layers_0.mlp.wo.kernel). Both layouts of T5X's examples are read: layers apart, as in the minimal T5
-("encoder/layers_0"), and stacked along axis 1, as in the scalable one ("encoder/encoder"). Source: t5x/checkpoints.py and
-t5x/examples [O].
+("encoder/layers_0"), and stacked along axis 1, as in the scalable one ("encoder/encoder"), whose attention has kernels with an
+axis of heads besides. Source: t5x/checkpoints.py and t5x/examples [O].
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ _TYPES = ("float32", "bfloat16", "float16", "float64")
 
 @dataclasses.dataclass(frozen=True)
 class _Stored:
-    """An array of the checkpoint, or one layer of it.
+    """An array of the checkpoint, or one layer of it, as a vector or a matrix.
 
     Attributes:
       name: what the checkpoint calls it, for messages.
@@ -47,9 +47,37 @@ class _Stored:
     layer: int | None
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def _own_shape(self) -> tuple[int, ...]:
+        """Of the layer, before axes are joined."""
         shape = tuple(self.array.shape)
         return shape if self.layer is None else (*shape[:_SCAN_AXIS], *shape[_SCAN_AXIS + 1 :])
+
+    @property
+    def _has_heads_first(self) -> bool:
+        """(heads, width, out), of the projection "out"; those of the inputs are (in, heads, width)."""
+        return len(self._own_shape) == 3 and "/out/" in self.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = self._own_shape
+        if len(shape) != 3:
+            return shape
+        first, second, third = shape
+        return (first * second, third) if self._has_heads_first else (first, second * third)
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows start:stop of the vector or matrix."""
+        first, last, width = start, stop, 1
+        if self._has_heads_first:
+            width = self._own_shape[1]
+            first, last = start // width, -(-stop // width)
+        found = self.array[first:last]
+        if self.layer is not None:
+            found = found[:, self.layer]
+        if not isinstance(found, np.ndarray):
+            found = found.read().result()
+        begin = start - first * width
+        return found.reshape(-1, *self.shape[1:])[begin : begin + stop - start]
 
 
 class T5XSource:
@@ -80,13 +108,8 @@ class T5XSource:
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         stored = self._stored[name]
-        rows = stored.array[start:stop]
-        if stored.layer is not None:
-            rows = rows[:, stored.layer]
-        if isinstance(rows, np.ndarray):
-            return rows
         try:
-            return rows.read().result()
+            return stored.rows(start, stop)
         except ValueError as error:
             message = str(error).splitlines()[0]
             raise ModelFileError(f"{self.path}: {stored.name} cannot be read ({message})") from None

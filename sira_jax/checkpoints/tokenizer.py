@@ -1,17 +1,18 @@
 """Tokenizers as the text of a Hugging Face tokenizer.json, built from a GGUF file's metadata where
 there is none.
 
-Only byte-level BPE is built (tokenizer.ggml.model "gpt2"); what splits a text into words depends on
-tokenizer.ggml.pre. Source of the patterns: the published tokenizer.json files of SmolLM2, Qwen2.5
-and Llama 3 [O].
+Byte-level BPE is built (tokenizer.ggml.model "gpt2"), where what splits a text into words depends on
+tokenizer.ggml.pre, and SentencePiece's BPE ("llama": Gemma, Llama 2). Source of the patterns: the
+published tokenizer.json files of SmolLM2, Qwen2.5 and Llama 3 [O].
 """
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import tokenizers
 
+from sira_jax.checkpoints import spm_bpe
 from sira_jax.checkpoints.safetensors import parse_json
 from sira_jax.errors import ModelFileError
 
@@ -19,7 +20,6 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,14 +105,10 @@ def tokenizer_from_gguf(path: str, metadata: Mapping[str, object]) -> str:
         return value
 
     model = get("model", str)
-    if model != "gpt2":
-        raise ModelFileError(f"{path}: tokenizer.ggml.model={model!r} is not supported: gpt2")
-    pre = get("pre", str)
-    if pre not in _KINDS:
+    if model not in _MODELS:
         raise ModelFileError(
-            f"{path}: tokenizer.ggml.pre={pre!r} is not supported: one of {', '.join(_KINDS)}"
+            f"{path}: tokenizer.ggml.model={model!r} is not supported: {' or '.join(_MODELS)}"
         )
-    kind = _KINDS[pre]
     tokens, types = get("tokens", list), get("token_type", list)
     vocab = {token: index for index, token in enumerate(tokens)}
     if len(types) != len(tokens) or len(vocab) != len(tokens):
@@ -120,7 +116,7 @@ def tokenizer_from_gguf(path: str, metadata: Mapping[str, object]) -> str:
             f"{path}: tokenizer.ggml.tokens has {len(tokens)} entries, {len(vocab)} of them "
             f"different, and tokenizer.ggml.token_type {len(types)}; all three must be equal"
         )
-    merges = [_merge(path, merge, vocab) for merge in get("merges", list)]
+    parts, adds_bos = _MODELS[model](path, metadata, get, vocab, types)
     added = [
         {
             "id": index,
@@ -129,42 +125,78 @@ def tokenizer_from_gguf(path: str, metadata: Mapping[str, object]) -> str:
             "lstrip": False,
             "rstrip": False,
             "normalized": False,
-            "special": types[index] == _CONTROL,
+            "special": types[index] == spm_bpe.CONTROL,
         }
         for token, index in vocab.items()
-        if types[index] in (_CONTROL, _USER_DEFINED)
+        if types[index] in (spm_bpe.CONTROL, spm_bpe.USER_DEFINED)
     ]
-    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", kind.adds_bos)
+    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", adds_bos)
     bos_id = _token_id(metadata, "bos", len(tokens))
+    if adds_bos is True and bos_id is not None:
+        parts["post_processor"] = _put_before(tokens[bos_id], bos_id)
     return json.dumps(
-        {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": added,
-            "normalizer": kind.normalizer,
-            "pre_tokenizer": kind.pre_tokenizer,
-            "post_processor": (
-                _put_before(tokens[bos_id], bos_id)
-                if adds_bos is True and bos_id is not None
-                else _byte_level(trim_offsets=False)
-            ),
-            "decoder": _byte_level(add_prefix_space=True),
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": None,
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": False,
-                "byte_fallback": False,
-                "ignore_merges": kind.ignore_merges,
-                "vocab": vocab,
-                "merges": merges,
-            },
-        },
+        {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **parts},
         ensure_ascii=False,
     )
+
+
+_Get = Callable[[str, type], object]
+
+
+def _byte_level_bpe(
+    path: str, metadata: Mapping, get: _Get, vocab: Mapping[str, int], types: list
+) -> tuple[dict[str, object], bool]:
+    """(parts of tokenizer.json, whether a text begins with bos where the file does not say so)."""
+    pre = get("pre", str)
+    if pre not in _KINDS:
+        raise ModelFileError(
+            f"{path}: tokenizer.ggml.pre={pre!r} is not supported: one of {', '.join(_KINDS)}"
+        )
+    kind = _KINDS[pre]
+    parts = {
+        "normalizer": kind.normalizer,
+        "pre_tokenizer": kind.pre_tokenizer,
+        "post_processor": _byte_level(trim_offsets=False),
+        "decoder": _byte_level(add_prefix_space=True),
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": kind.ignore_merges,
+            "vocab": vocab,
+            "merges": [_merge(path, merge, vocab) for merge in get("merges", list)],
+        },
+    }
+    return parts, kind.adds_bos
+
+
+def _sentencepiece_bpe(
+    path: str, metadata: Mapping, get: _Get, vocab: Mapping[str, int], types: list
+) -> tuple[dict[str, object], bool]:
+    """The same of a tokenizer by pieces and scores. Its user-defined tokens, runs of spaces among them, are in the file as
+    they are in a text.
+    """
+    scores = get("scores", list)
+    if len(scores) != len(vocab):
+        raise ModelFileError(
+            f"{path}: tokenizer.ggml.scores has {len(scores)} entries, tokenizer.ggml.tokens {len(vocab)}"
+        )
+    for field in ("precompiled_charsmap", "remove_extra_whitespaces"):
+        value = metadata.get(f"tokenizer.ggml.{field}")
+        if value:
+            raise ModelFileError(f"{path}: tokenizer.ggml.{field} is not supported: none")
+    starts_with_space = metadata.get("tokenizer.ggml.add_space_prefix", True) is True
+    index = _token_id(metadata, "unknown", len(vocab))
+    unknown = None if index is None else list(vocab)[index]
+    parts = spm_bpe.tokenizer_parts(vocab, scores, types, unknown, starts_with_space)
+    return {"post_processor": None, **parts}, True
+
+
+_MODELS = {"gpt2": _byte_level_bpe, "llama": _sentencepiece_bpe}
 
 
 def _merge(path: str, merge: object, vocab: Mapping[str, int]) -> tuple[str, str]:

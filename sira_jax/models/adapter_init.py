@@ -6,7 +6,6 @@ import flax.linen as nn
 import jax
 
 from sira_jax.adapters import is_adapter, partition
-from sira_jax.errors import ConfigError
 
 
 def fresh_adapter(model: nn.Module, key: jax.Array) -> dict[str, Any]:
@@ -19,15 +18,12 @@ def fresh_adapter(model: nn.Module, key: jax.Array) -> dict[str, Any]:
       key: random key.
 
     Raises:
-      ConfigError: the adapter's targets match no projection of the model.
+      ConfigError: the adapter does not fit the model, see `AdapterConfig.check_model`.
     """
     config = model.adapter
     if config is None:
         return {}
+    config.check_model(model.config.projections)
     params = model.init(key, model.init_batch())["params"]
     adapter, _ = partition(nn.unbox(params), is_adapter)
-    if not adapter:
-        raise ConfigError(
-            f"adapter.targets={config.targets!r} is not allowed: it matches no projection of the model"
-        )
     return config.initialise(adapter, jax.random.fold_in(key, 1))

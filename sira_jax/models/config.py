@@ -3,50 +3,17 @@
 import dataclasses
 
 from sira_jax.errors import check, is_finite_number, is_whole_number
+from sira_jax.models.rope import LinearRopeScaling, RopeScaling
 from sira_jax.models.stacks import Stack
 
+ACTIVATIONS = ("silu", "gelu_tanh")
 REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """Frequency scaling of Llama 3.1 and later (its `rope_scaling` with rope_type "llama3").
-
-    Wave lengths beyond `original_max_positions / low_freq_factor` are stretched by `factor`, those under
-    `original_max_positions / high_freq_factor` are kept, and those between are blended.
-    """
-
-    factor: float = 8.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            check(is_finite_number(value), f"rope_scaling.{field.name}", value, "a number")
-        check(self.factor >= 1, "rope_scaling.factor", self.factor, "at least 1")
-        check(
-            self.low_freq_factor > 0, "rope_scaling.low_freq_factor", self.low_freq_factor, "over 0"
-        )
-        check(
-            self.high_freq_factor > self.low_freq_factor,
-            "rope_scaling.high_freq_factor",
-            self.high_freq_factor,
-            f"over low_freq_factor={self.low_freq_factor}",
-        )
-        check(
-            self.original_max_positions > 0,
-            "rope_scaling.original_max_positions",
-            self.original_max_positions,
-            "over 0",
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Sizes and options of the Llama family (Llama, SmolLM2, TinyLlama, Mistral, Qwen2).
+    """Sizes and options of the decoders that docs/models.md lists: Llama, Mistral, Qwen2, Qwen3, Gemma 2 and Gemma 3.
 
     Attributes:
       vocab_size: rows of the token embedding, V.
@@ -55,10 +22,24 @@ class DecoderConfig:
       num_heads: query heads; `num_kv_heads` divides it (grouped-query attention).
       num_kv_heads: key and value heads.
       head_dim: width of a head (explicit, since some families do not have emb_dim / num_heads); even.
-      mlp_dim: hidden width of the SwiGLU MLP.
+      mlp_dim: hidden width of the gated MLP.
+      activation: of the MLP's gate, "silu" or "gelu_tanh" (GELU by its tanh approximation).
       norm_eps: epsilon of RMSNorm.
+      norm_plus_one: RMSNorm multiplies by 1 + its parameter (Gemma).
+      qk_norm: RMSNorm on each head of q and k, before the rotation (Qwen3, Gemma 3).
+      sandwich_norms: further norms on what attention and MLP give, before it is added to the stream (Gemma 2 and 3;
+        arXiv 2105.13290).
+      scale_embeddings: token embeddings are multiplied by sqrt(emb_dim), rounded to `dtype` (Gemma); the logits are not.
+      query_pre_attn_scalar: attention logits are q . k / sqrt(this); None: head_dim.
+      attention_softcap: attention logits x become cap * tanh(x / cap) (Gemma 2); None: they stay.
+      final_softcap: the same of the logits over the vocabulary.
+      sliding_window: a token of a windowed layer sees this many tokens of its segment, itself the last (arXiv 2310.06825);
+        None: no layer is windowed.
+      window_pattern: which layers are windowed, repeated over the layers: (True,) all, (True, False) every other one
+        beginning with the first. Without sliding_window it has no meaning.
       rope_theta: base of the rotary frequencies.
-      rope_scaling: Llama-3 frequency scaling, or None.
+      rope_scaling: frequency scaling, or None.
+      local_rope_theta: base of the windowed layers, which then have no rope_scaling (Gemma 3); None: they rotate as all do.
       tie_embeddings: the logits reuse the token embedding.
       qkv_bias: biases on q, k and v (Qwen2).
       max_positions: longest sequence; decoding caches are never longer.
@@ -76,9 +57,20 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     mlp_dim: int
+    activation: str = "silu"
     norm_eps: float = 1e-5
+    norm_plus_one: bool = False
+    qk_norm: bool = False
+    sandwich_norms: bool = False
+    scale_embeddings: bool = False
+    query_pre_attn_scalar: float | None = None
+    attention_softcap: float | None = None
+    final_softcap: float | None = None
+    sliding_window: int | None = None
+    window_pattern: tuple[bool, ...] = (True,)
     rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | LinearRopeScaling | None = None
+    local_rope_theta: float | None = None
     tie_embeddings: bool = True
     qkv_bias: bool = False
     max_positions: int = 2048
@@ -106,6 +98,12 @@ class DecoderConfig:
             "mlp/down": (self.mlp_dim, self.emb_dim),
         }
 
+    @property
+    def windowed_layers(self) -> tuple[bool, ...]:
+        """Whether each layer has the sliding window."""
+        pattern = self.window_pattern if self.sliding_window is not None else (False,)
+        return tuple(pattern[layer % len(pattern)] for layer in range(self.num_layers))
+
     def __post_init__(self):
         for name in (
             "vocab_size",
@@ -130,27 +128,47 @@ class DecoderConfig:
             self.num_kv_heads,
             f"a divisor of num_heads={self.num_heads}",
         )
-        for name in ("tie_embeddings", "qkv_bias", "scan_layers"):
+        for name in (
+            "norm_plus_one",
+            "qk_norm",
+            "sandwich_norms",
+            "scale_embeddings",
+            "tie_embeddings",
+            "qkv_bias",
+            "scan_layers",
+        ):
             check(
                 isinstance(getattr(self, name), bool),
                 f"model.{name}",
                 getattr(self, name),
                 "a bool",
             )
-        is_scaling = self.rope_scaling is None or isinstance(self.rope_scaling, RopeScaling)
-        check(is_scaling, "model.rope_scaling", self.rope_scaling, "a RopeScaling or None")
-        check(self.head_dim % 2 == 0, "model.head_dim", self.head_dim, "an even number")
+        scalings = RopeScaling | LinearRopeScaling | None
         check(
-            is_finite_number(self.norm_eps) and self.norm_eps > 0,
-            "model.norm_eps",
-            self.norm_eps,
-            "over 0",
+            isinstance(self.rope_scaling, scalings),
+            "model.rope_scaling",
+            self.rope_scaling,
+            "a RopeScaling, a LinearRopeScaling or None",
         )
+        check(self.head_dim % 2 == 0, "model.head_dim", self.head_dim, "an even number")
+        for name in ("norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            check(is_finite_number(value) and value > 0, f"model.{name}", value, "over 0")
+        for name in (
+            "query_pre_attn_scalar",
+            "attention_softcap",
+            "final_softcap",
+            "local_rope_theta",
+        ):
+            value = getattr(self, name)
+            is_allowed = value is None or (is_finite_number(value) and value > 0)
+            check(is_allowed, f"model.{name}", value, "a number over 0, or None")
+        self._check_window()
         check(
-            is_finite_number(self.rope_theta) and self.rope_theta > 0,
-            "model.rope_theta",
-            self.rope_theta,
-            "over 0",
+            self.activation in ACTIVATIONS,
+            "model.activation",
+            self.activation,
+            f"one of {', '.join(ACTIVATIONS)}",
         )
         for name in ("dtype", "param_dtype"):
             check(
@@ -164,4 +182,27 @@ class DecoderConfig:
             "model.remat_policy",
             self.remat_policy,
             f"one of {', '.join(REMAT_POLICIES)}",
+        )
+
+    def _check_window(self):
+        window, pattern = self.sliding_window, self.window_pattern
+        check(
+            window is None or (is_whole_number(window) and window > 0),
+            "model.sliding_window",
+            window,
+            "a whole number over 0, or None",
+        )
+        is_list = isinstance(pattern, list | tuple) and len(pattern) > 0
+        check(
+            is_list and all(isinstance(item, bool) for item in pattern),
+            "model.window_pattern",
+            pattern,
+            "a list of bools, one or more",
+        )
+        object.__setattr__(self, "window_pattern", tuple(pattern))
+        check(
+            self.local_rope_theta is None or window is not None,
+            "model.local_rope_theta",
+            self.local_rope_theta,
+            "None without sliding_window",
         )

@@ -1,39 +1,56 @@
-"""Decoder-only transformer of the Llama family with adapters on its projections.
+"""Decoder-only transformer with adapters on its projections; which family it is, is a matter of its config's fields.
 
-Axis letters: B batch, T length of this call, S keys (T, or the cache's length), D width, V vocabulary.
+Axis letters: B batch, T length of this call, S keys (T, or the cache's length), D width, L layers, V vocabulary.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from sira_jax.adapters import AdapterConfig, AdapterContext, LayerLink
 from sira_jax.models.config import DecoderConfig
-from sira_jax.models.layers import MLP, Attention, RMSNorm, rotary_tables
-from sira_jax.models.stacking import advance_cache, initial_carry
+from sira_jax.models.layers import MLP, Attention, RMSNorm, soft_cap
+from sira_jax.models.rope import rotary_tables
+from sira_jax.models.stacking import advance_cache, initial_carry, make_blocks
 
 Batch = Mapping[str, jax.Array]
 
-_REMAT_POLICIES = {
-    "full": None,
-    "dots": jax.checkpoint_policies.checkpoint_dots,
-    "dots_no_batch": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-}
+
+@struct.dataclass
+class LayerView:
+    """What the layers of one kind see: which keys (B, T, S), and the rotary tables of the queries' positions."""
+
+    mask_BTS: jax.Array
+    rotary: tuple[jax.Array, jax.Array]
 
 
 class DecoderBlock(nn.Module):
-    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)); both summands normed again with sandwich norms."""
 
     config: DecoderConfig
     adapter: AdapterConfig | None
 
     @nn.compact
-    def __call__(self, state, mask_BTS, rotary, context, cache_index):
-        """`state` is (x_BTD, carry), the carry being what adapters hand from layer to layer (see `LayerLink`)."""
+    def __call__(self, state, views, is_windowed, context, cache_index):
+        """One layer.
+
+        Args:
+          state: (x_BTD, carry), the carry being what adapters hand from layer to layer (see `LayerLink`).
+          views: the one view of this layer; or (global, windowed), of which `is_windowed` selects, so that one compiled
+            block serves scanned layers of both kinds.
+          is_windowed: a boolean scalar, or None with one view.
+          context: see AdapterContext.
+          cache_index: see Attention.
+        """
         config = self.config
+        view, *others = views
+        if others:
+            view = jax.tree.map(lambda whole, own: jnp.where(is_windowed, own, whole), *views)
         x_BTD, carry = state
         link = LayerLink(carry)
         block_module = self.adapter and self.adapter.make_block_module()
@@ -42,13 +59,18 @@ class DecoderBlock(nn.Module):
         context = context.replace(link=link)
 
         def norm(name):
-            return RMSNorm(config.norm_eps, config.param_dtype, name=name)
+            return RMSNorm(config.norm_eps, config.param_dtype, config.norm_plus_one, name=name)
+
+        def normed(name, y_BTD):
+            return norm(name)(y_BTD) if config.sandwich_norms else y_BTD
 
         attention = Attention(config, self.adapter, name="attention")
         mlp = MLP(config, self.adapter, name="mlp")
         h_BTD = norm("input_norm")(x_BTD)
-        x_BTD = x_BTD + attention(h_BTD, mask_BTS, rotary, context, cache_index)
-        x_BTD = x_BTD + mlp(norm("mlp_norm")(x_BTD), context)
+        h_BTD = attention(h_BTD, view.mask_BTS, view.rotary, context, cache_index)
+        x_BTD = x_BTD + normed("post_attention_norm", h_BTD)
+        h_BTD = mlp(norm("mlp_norm")(x_BTD), context)
+        x_BTD = x_BTD + normed("post_mlp_norm", h_BTD)
         return (x_BTD, carry | link.next), None
 
 
@@ -85,31 +107,10 @@ class Decoder(nn.Module):
                 nn.initializers.normal(0.02), ("vocab", "embed")
             ),
         )
-        block = DecoderBlock
-        if config.remat_policy != "none":
-            block = nn.remat(
-                block,
-                prevent_cse=not config.scan_layers,
-                policy=_REMAT_POLICIES[config.remat_policy],
-            )
-        if config.scan_layers:
-            scanned = nn.scan(
-                block,
-                variable_axes={"params": 0, "cache": 0, "losses": 0, "metrics": 0},
-                split_rngs={
-                    "params": True,
-                    "dropout": True,
-                    "expert_dropout": True,
-                    "expert_choice": True,
-                },
-                in_axes=nn.broadcast,
-                length=config.num_layers,
-                metadata_params={nn.PARTITION_NAME: "layers"},
-            )
-            self.layers = scanned(config, self.adapter)
-        else:
-            self.layers = [block(config, self.adapter) for _ in range(config.num_layers)]
-        self.final_norm = RMSNorm(config.norm_eps, config.param_dtype)
+        # Which layers are windowed goes along the layers, all else is the same for all.
+        in_axes = (nn.broadcast, 0, nn.broadcast, nn.broadcast)
+        self.layers = make_blocks(DecoderBlock, config.num_layers, config, self.adapter, in_axes)
+        self.final_norm = RMSNorm(config.norm_eps, config.param_dtype, config.norm_plus_one)
         if not config.tie_embeddings:
             self.lm_head = nn.Dense(
                 config.vocab_size,
@@ -177,26 +178,50 @@ class Decoder(nn.Module):
             decoding=cache_length is not None,
         )
         if cache_length is None:
-            cache_index = None
-            mask_BTS = attention_mask(segments_BT, segments_BT, 0)
+            cache_index, key_segments_BS = None, segments_BT
         else:
             cache_index, key_segments_BS = advance_cache(self, segments_BT, cache_length)
-            mask_BTS = attention_mask(segments_BT, key_segments_BS, cache_index)
-        rotary = rotary_tables(positions_BT, self.config)
+        views = self._views(segments_BT, key_segments_BS, cache_index, positions_BT)
         x_BTD = self.token_embedder(tokens_BT)
+        if self.config.scale_embeddings:
+            x_BTD *= jnp.asarray(math.sqrt(self.config.emb_dim), x_BTD.dtype)
         projections = self.config.projections
         shapes = dict.fromkeys(projections, tokens_BT.shape)
-        carry = initial_carry(self.adapter, projections, shapes, self.config.dtype)
-        state = (x_BTD, carry)
-        for block in [self.layers] if self.config.scan_layers else self.layers:
-            state, _ = block(state, mask_BTS, rotary, context, cache_index)
+        state = (x_BTD, initial_carry(self.adapter, projections, shapes, self.config.dtype))
+        windowed = self.config.windowed_layers
+        if self.config.scan_layers:
+            are_windowed_L = jnp.asarray(windowed) if len(views) > 1 else None
+            state, _ = self.layers(
+                state, tuple(views.values()), are_windowed_L, context, cache_index
+            )
+        else:
+            for block, is_windowed in zip(self.layers, windowed, strict=True):
+                state, _ = block(state, (views[is_windowed],), None, context, cache_index)
         return self.final_norm(state[0])
+
+    def _views(self, segments_BT, key_segments_BS, cache_index, positions_BT):
+        """{whether windowed: LayerView} of the kinds of layers there are, the global one first."""
+        config = self.config
+        start = 0 if cache_index is None else cache_index
+        views = {}
+        for is_windowed in sorted(set(config.windowed_layers)):
+            window = config.sliding_window if is_windowed else None
+            theta, scaling = config.rope_theta, config.rope_scaling
+            if is_windowed and config.local_rope_theta is not None:
+                theta, scaling = config.local_rope_theta, None
+            views[is_windowed] = LayerView(
+                attention_mask(segments_BT, key_segments_BS, start, window),
+                rotary_tables(positions_BT, config.head_dim, theta, scaling),
+            )
+        return views
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Projects activations (..., D) onto the vocabulary, (..., V), in float32."""
         if self.config.tie_embeddings:
-            return self.token_embedder.attend(x_BTD).astype(jnp.float32)
-        return self.lm_head(x_BTD).astype(jnp.float32)
+            logits_BTV = self.token_embedder.attend(x_BTD)
+        else:
+            logits_BTV = self.lm_head(x_BTD)
+        return soft_cap(logits_BTV.astype(jnp.float32), self.config.final_softcap)
 
 
 def prompt_mask(segments_BT: jax.Array, loss_weights_BT: jax.Array | None) -> jax.Array:
@@ -214,13 +239,20 @@ def prompt_mask(segments_BT: jax.Array, loss_weights_BT: jax.Array | None) -> ja
 
 
 def attention_mask(
-    query_segments_BT: jax.Array, key_segments_BS: jax.Array, query_start: Any
+    query_segments_BT: jax.Array,
+    key_segments_BS: jax.Array,
+    query_start: Any,
+    window: int | None = None,
 ) -> jax.Array:
     """True (B, T, S) where a key is of the query's segment, is no padding, and stands at or before the query.
 
-    `query_start` is the slot of the first query among the keys.
+    `query_start` is the slot of the first query among the keys. With a window, only the query's own slot and the
+    `window - 1` before it are seen; a segment's tokens stand in adjacent slots, so that distances are those of positions.
     """
     query_slots_T = query_start + jnp.arange(query_segments_BT.shape[1])
-    causal_TS = query_slots_T[:, None] >= jnp.arange(key_segments_BS.shape[1])
+    distances_TS = query_slots_T[:, None] - jnp.arange(key_segments_BS.shape[1])
+    seen_TS = distances_TS >= 0
+    if window is not None:
+        seen_TS &= distances_TS < window
     same_BTS = query_segments_BT[:, :, None] == key_segments_BS[:, None, :]
-    return causal_TS & same_BTS & (key_segments_BS > 0)[:, None, :]
+    return seen_TS & same_BTS & (key_segments_BS > 0)[:, None, :]

@@ -2,8 +2,6 @@
 
 from types import MappingProxyType
 
-import flax.linen as nn
-
 from sira_jax.adapters import AdapterConfig
 from sira_jax.errors import ConfigError
 from sira_jax.models.config import DecoderConfig
@@ -12,12 +10,15 @@ from sira_jax.models.encoder_decoder import EncoderDecoder
 from sira_jax.models.encoder_decoder_config import EncoderDecoderConfig
 
 MODELS = MappingProxyType({DecoderConfig: Decoder, EncoderDecoderConfig: EncoderDecoder})
+# The fields of their configs that count blocks.
+DEPTHS = ("num_layers", "num_encoder_layers", "num_decoder_layers")
+Model = Decoder | EncoderDecoder
 ModelConfig = DecoderConfig | EncoderDecoderConfig
 
 
 def make_model(
     config: ModelConfig, adapter: AdapterConfig | None = None, num_tasks: int = 0
-) -> nn.Module:
+) -> Model:
     """The model of a config, of the class that MODELS has for the config's type.
 
     Args:

@@ -1,4 +1,4 @@
-"""Parts that decoder blocks are made of: RMSNorm, rotary embedding, attention with a cache, SwiGLU.
+"""Parts that decoder blocks are made of: RMSNorm, attention with a cache, the gated MLP.
 
 Axis letters: B batch, T queries, S keys, D width of the residual stream, H query heads, K key/value heads, P head width,
 F hidden width of the MLP.
@@ -12,56 +12,64 @@ import jax
 import jax.numpy as jnp
 
 from sira_jax.adapters import AdaptedDense, AdapterConfig, AdapterContext
-from sira_jax.models.config import DecoderConfig, RopeScaling
+from sira_jax.models.rope import apply_rotary
+
+ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": nn.gelu}
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * scale, computed in float32 and returned in x's type. arXiv 1910.07467."""
+    """x / sqrt(mean(x^2) + eps) * scale, computed in float32 and returned in x's type. arXiv 1910.07467.
+
+    With `plus_one` the factor is 1 + scale, and the parameter starts at 0.
+    """
 
     epsilon: float
     param_dtype: Any = jnp.float32
+    plus_one: bool = False
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        init = nn.initializers.zeros if self.plus_one else nn.initializers.ones
         scale_D = self.param(
             "scale",
-            nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+            nn.with_logical_partitioning(init, ("norm",)),
             x_BTD.shape[-1:],
             self.param_dtype,
         )
-        x32 = x_BTD.astype(jnp.float32)
+        x32, scale_D = x_BTD.astype(jnp.float32), scale_D.astype(jnp.float32)
         mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-        normed = x32 * jax.lax.rsqrt(mean_square + self.epsilon) * scale_D.astype(jnp.float32)
+        factor_D = 1.0 + scale_D if self.plus_one else scale_D
+        normed = x32 * jax.lax.rsqrt(mean_square + self.epsilon) * factor_D
         return normed.astype(x_BTD.dtype)
 
 
-def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
-    """Angular frequencies, radians a position, shape (head_dim / 2,). arXiv 2104.09864; scaling as in Llama 3.1."""
-    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    frequencies = 1.0 / theta**exponents
-    if scaling is None:
-        return frequencies
-    wavelengths = 2 * math.pi / frequencies
-    # 0 at the long waves (stretched), 1 at the short ones (kept), linear in positions/wavelength between.
-    turns = scaling.original_max_positions / wavelengths
-    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend = jnp.clip(blend, 0.0, 1.0)
-    return (1 - blend) * frequencies / scaling.factor + blend * frequencies
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(x / cap), which lies between -cap and cap; x itself without a cap. arXiv 2408.00118, section 2."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def rotary_tables(positions_BT: jax.Array, config: DecoderConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines (B, T, 1, P / 2) in float32, the 1 standing for the heads."""
-    frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    angles = positions_BT.astype(jnp.float32)[..., None, None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def apply_rotary(x_BTHP: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates the pairs (i, i + P / 2): Hugging Face's half-split layout. Float32 inside, x's type outside."""
-    cos, sin = tables
-    first, second = jnp.split(x_BTHP.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BTHP.dtype)
+def capped_attention(
+    q_BTHP: jax.Array,
+    k_BSKP: jax.Array,
+    v_BSKP: jax.Array,
+    mask_BTS: jax.Array,
+    scale: float,
+    cap: float,
+) -> jax.Array:
+    """Attention whose logits are capped before the mask; logits and softmax in float32. Returns (B, T, H, P)."""
+    batch, length, heads, width = q_BTHP.shape
+    kv_heads = k_BSKP.shape[2]
+    q_BTKGP = q_BTHP.reshape(batch, length, kv_heads, heads // kv_heads, width)
+    logits_BKGTS = jnp.einsum(
+        "btkgp,bskp->bkgts", q_BTKGP, k_BSKP, preferred_element_type=jnp.float32
+    )
+    logits_BKGTS = soft_cap(logits_BKGTS * scale, cap)
+    # Finite, so that a query without any key gives numbers.
+    least = jnp.finfo(jnp.float32).min
+    logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS, least)
+    weights_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(v_BSKP.dtype)
+    out_BTKGP = jnp.einsum("bkgts,bskp->btkgp", weights_BKGTS, v_BSKP)
+    return out_BTKGP.reshape(q_BTHP.shape)
 
 
 class Projections(nn.Module):
@@ -91,7 +99,10 @@ class Projections(nn.Module):
 
 
 class Attention(Projections):
-    """Causal self-attention with grouped queries and rotary positions (arXiv 2305.13245, 2104.09864)."""
+    """Causal self-attention with grouped queries and rotary positions (arXiv 2305.13245, 2104.09864).
+
+    As the config says, each head of q and k is normed before it is rotated (arXiv 2010.04245), and the logits are capped.
+    """
 
     @nn.compact
     def __call__(
@@ -120,13 +131,26 @@ class Attention(Projections):
             y = self.dense(name, count * width, ("embed", axis), use_bias=bias)(x_BTD, context)
             return y.reshape(batch, length, count, width)
 
-        q_BTHP = apply_rotary(project("q", heads, "heads"), rotary)
-        k_BSKP = apply_rotary(project("k", kv_heads, "kv_heads"), rotary)
+        q_BTHP = project("q", heads, "heads")
+        k_BSKP = project("k", kv_heads, "kv_heads")
         v_BSKP = project("v", kv_heads, "kv_heads")
+        if config.qk_norm:
+            q_BTHP, k_BSKP = (
+                RMSNorm(config.norm_eps, config.param_dtype, config.norm_plus_one, name=name)(x)
+                for name, x in (("q_norm", q_BTHP), ("k_norm", k_BSKP))
+            )
+        q_BTHP, k_BSKP = apply_rotary(q_BTHP, rotary), apply_rotary(k_BSKP, rotary)
         if cache_index is not None:
             k_BSKP = self._cached("cached_key", k_BSKP, mask_BTS.shape[-1], cache_index)
             v_BSKP = self._cached("cached_value", v_BSKP, mask_BTS.shape[-1], cache_index)
-        out_BTHP = jax.nn.dot_product_attention(q_BTHP, k_BSKP, v_BSKP, mask=mask_BTS[:, None])
+        scale = 1 / math.sqrt(config.query_pre_attn_scalar or width)
+        if config.attention_softcap is None:
+            out_BTHP = jax.nn.dot_product_attention(
+                q_BTHP, k_BSKP, v_BSKP, mask=mask_BTS[:, None], scale=scale
+            )
+        else:
+            cap = config.attention_softcap
+            out_BTHP = capped_attention(q_BTHP, k_BSKP, v_BSKP, mask_BTS, scale, cap)
         out_BTD = out_BTHP.reshape(batch, length, heads * width)
         return self.dense("o", config.emb_dim, ("heads", "embed"))(out_BTD, context)
 
@@ -138,7 +162,7 @@ class Attention(Projections):
 
 
 class MLP(Projections):
-    """SwiGLU: down(silu(gate(x)) * up(x)). arXiv 2002.05202."""
+    """The gated MLP: down(activation(gate(x)) * up(x)), SwiGLU with silu and GeGLU with gelu. arXiv 2002.05202."""
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, context: AdapterContext) -> jax.Array:
@@ -146,5 +170,5 @@ class MLP(Projections):
         axes = ("embed", "mlp")
         gate_BTF = self.dense("gate", self.config.mlp_dim, axes)(x_BTD, context)
         up_BTF = self.dense("up", self.config.mlp_dim, axes)(x_BTD, context)
-        hidden_BTF = nn.silu(gate_BTF) * up_BTF
+        hidden_BTF = ACTIVATIONS[self.config.activation](gate_BTF) * up_BTF
         return self.dense("down", self.config.emb_dim, axes[::-1])(hidden_BTF, context)

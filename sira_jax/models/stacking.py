@@ -20,15 +20,20 @@ _REMAT_POLICIES = {
 
 
 def make_blocks(
-    block: type[nn.Module], num_layers: int, config: Any, adapter: AdapterConfig | None
+    block: type[nn.Module],
+    num_layers: int,
+    config: Any,
+    adapter: AdapterConfig | None,
+    in_axes: Any = nn.broadcast,
 ) -> Any:
     """The attribute `layers` of a stack, for its `setup`: one scanned module, or a list where `scan_layers` is off.
 
     Args:
-      block: called as block(config, adapter)(state, *shared) -> (state, None); `shared` is the same for all layers.
+      block: called as block(config, adapter)(state, *others) -> (state, None).
       num_layers: blocks.
       config: of the model, with `scan_layers` and `remat_policy`.
       adapter: handed to each block.
+      in_axes: of `others` where layers are scanned: by default each is the same for all layers.
     """
     if config.remat_policy != "none":
         block = nn.remat(
@@ -47,7 +52,7 @@ def make_blocks(
             "expert_dropout": True,
             "expert_choice": True,
         },
-        in_axes=nn.broadcast,
+        in_axes=in_axes,
         length=num_layers,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )

@@ -10,7 +10,7 @@ from sira_jax.adapters.adapter_set import MEMBER_NAMES, AdapterSetConfig, is_mem
 from sira_jax.adapters.base import ADAPTER
 from sira_jax.checkpoints.adapter_file import abstract_adapter, differences
 from sira_jax.errors import CheckpointError, ConfigError
-from sira_jax.models import Decoder, DecoderConfig
+from sira_jax.models import Model, ModelConfig, make_model
 from sira_jax.training.train_state import Params, merge_params
 
 # What stands for the frozen model alone, wherever an adapter is named.
@@ -34,7 +34,7 @@ class AdapterBank:
       frozen: its parameters.
     """
 
-    def __init__(self, config: DecoderConfig, frozen: Params):
+    def __init__(self, config: ModelConfig, frozen: Params):
         self._config, self._frozen = config, frozen
         self._members: dict[str, tuple[AdapterConfig, Params]] = {}
 
@@ -94,11 +94,11 @@ class AdapterBank:
             raise ConfigError(f"adapter {name!r} is loaded already: unload it or take another name")
         check_name(name)
 
-    def model(self, num_tasks: int = 0) -> Decoder:
+    def model(self, num_tasks: int = 0) -> Model:
         """The decoder with all loaded adapters; without any, the frozen model. `num_tasks`: see Decoder."""
         members = tuple((name, adapter) for name, (adapter, _) in self._members.items())
         adapter = AdapterSetConfig(members=members) if members else None
-        return Decoder(self._config, adapter, num_tasks)
+        return make_model(self._config, adapter, num_tasks)
 
     def adapters(self) -> Params:
         """The parameters of all loaded adapters, as the model of `model` has them."""

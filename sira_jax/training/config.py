@@ -89,7 +89,8 @@ class DataConfig:
       temperature: for rates "temperature".
       template: "plain" (input, new line, target) or "chat" (the model's own chat template).
       vocabulary: "model" for the base model's tokenizer, or what tasks/vocabularies.py takes ("bytes", "sentencepiece:FILE").
-      sequence_length: T, tokens a row.
+      sequence_length: T, tokens a row; of the encoder's rows where the model has an encoder.
+      target_length: tokens a row of the decoder behind an encoder; 0 for sequence_length. Decoder-only models ignore it.
       batch_size: B, rows a step over all devices.
       pack: put several examples in a row; they neither attend to nor are counted across one another.
       too_long: what happens to an example of more than T tokens.
@@ -101,6 +102,7 @@ class DataConfig:
     template: str = "plain"
     vocabulary: str = "model"
     sequence_length: int = 256
+    target_length: int = 0
     batch_size: int = 8
     pack: bool = True
     too_long: str = "error"
@@ -118,6 +120,7 @@ class DataConfig:
         is_text = isinstance(self.vocabulary, str) and self.vocabulary != ""
         check(is_text, "data.vocabulary", self.vocabulary, '"model" or a vocabulary')
         _check_int("data.sequence_length", self.sequence_length, 2)
+        _check_int("data.target_length", self.target_length, 0)
         _check_int("data.batch_size", self.batch_size, 1)
         check(isinstance(self.pack, bool), "data.pack", self.pack, "a bool")
         _check_choice("data.too_long", self.too_long, TOO_LONG)

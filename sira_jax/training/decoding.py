@@ -1,6 +1,7 @@
-"""Generation with a key/value cache: greedy, sampling and beam search over left-padded batches of prompts.
+"""Generation with a key/value cache: greedy, sampling and beam search over batches of prompts.
 
-Prompts of unequal length are padded on the left, so that all rows write their next token to the same slot of the cache.
+A decoder-only model reads prompts of unequal length padded on the left, so that all rows write their next token to the same
+slot of the cache. A model with an encoder reads the prompt there, and its decoder starts with one token.
 
 Axis letters: B prompts, N beams, R = B * N rows, T length of the padded prompts, M most new tokens, V vocabulary.
 """
@@ -14,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from sira_jax.adapters.base import STACKED
 from sira_jax.errors import DataError, check
-from sira_jax.models import Decoder
+from sira_jax.models import DecoderConfig, EncoderDecoderConfig, Model, ModelConfig
 from sira_jax.training.config import DecodeConfig
 
 # Finite, so that adding two of them or scaling by a penalty gives no NaN.
@@ -64,6 +66,46 @@ def left_pad(prompts: Sequence[Sequence[int]], length: int, pad_id: int) -> dict
     }
 
 
+def for_encoder(
+    prompts: Sequence[Sequence[int]], length: int, pad_id: int, start_id: int
+) -> dict[str, np.ndarray]:
+    """Packs prompts into arrays (B, length) of the encoder, padded on the right, and the decoder's first token (B, 1).
+
+    Raises:
+      DataError: if a prompt is empty or longer than `length`.
+    """
+    left = left_pad(prompts, length, pad_id)
+    # The same rows, turned so that padding comes last.
+    order_BT = np.argsort(left["decoder_segment_ids"] == 0, axis=1, kind="stable")
+    encoder = {
+        name.replace("decoder", "encoder"): np.take_along_axis(array, order_BT, axis=1)
+        for name, array in left.items()
+    }
+    first_B1 = np.zeros((len(prompts), 1), np.int32)
+    return encoder | {
+        "decoder_input_tokens": first_B1 + start_id,
+        "decoder_segment_ids": first_B1 + 1,
+        "decoder_positions": first_B1,
+    }
+
+
+def _first_batch(
+    config: ModelConfig, prompts: Sequence[Sequence[int]], length: int, pad_id: int
+) -> dict[str, np.ndarray]:
+    """What the first call of decoding reads, by the kind of model; after it each row writes its next token."""
+    kinds = {
+        DecoderConfig: lambda: left_pad(prompts, length, pad_id),
+        EncoderDecoderConfig: lambda: for_encoder(prompts, length, pad_id, config.decoder_start_id),
+    }
+    return kinds[type(config)]()
+
+
+def _longest_prompt(config: ModelConfig, new_tokens: int) -> int:
+    """Tokens of the longest prompt that leaves room for the new ones: all positions where an encoder reads it."""
+    taken = {DecoderConfig: new_tokens, EncoderDecoderConfig: 0}[type(config)]
+    return config.max_positions - taken
+
+
 def filter_logits(logits_RV: jax.Array, top_k: int, top_p: float) -> jax.Array:
     """Sets to NEVER all but the `top_k` largest logits (0: all) and the smallest set of probability `top_p`.
 
@@ -88,7 +130,7 @@ def _is_stop(tokens: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
     return jnp.any(tokens[..., None] == jnp.asarray(eos_ids), axis=-1)
 
 
-def _prefill(model: Decoder, params: Any, batch: Any, cache_length: int) -> tuple[jax.Array, Any]:
+def _prefill(model: Model, params: Any, batch: Any, cache_length: int) -> tuple[jax.Array, Any]:
     """Runs the prompts; only the last position's logits are computed, which left padding makes the next token's."""
     features_BTD, variables = model.apply(
         {"params": params}, batch, cache_length=cache_length, method="features", mutable=["cache"]
@@ -98,7 +140,7 @@ def _prefill(model: Decoder, params: Any, batch: Any, cache_length: int) -> tupl
 
 
 def _extend(
-    model: Decoder, params: Any, search: _Search, tokens_R: jax.Array, cache_length: int
+    model: Model, params: Any, search: _Search, tokens_R: jax.Array, cache_length: int
 ) -> _Search:
     """Feeds one token a row."""
     batch = {
@@ -127,7 +169,7 @@ def _map_rows(cache: Any, scanned: bool, function: Callable[[jax.Array, int], ja
     def apply(path, array):
         if array.ndim == 0:
             return array
-        in_layers = path[0].key == "layers" and scanned
+        in_layers = scanned and any(entry.key == STACKED for entry in path)
         return function(array, 1 if in_layers else 0)
 
     return jax.tree_util.tree_map_with_path(apply, cache)
@@ -135,7 +177,7 @@ def _map_rows(cache: Any, scanned: bool, function: Callable[[jax.Array, int], ja
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
 def _generate(
-    model: Decoder,
+    model: Model,
     params: Any,
     batch: Any,
     config: DecodeConfig,
@@ -187,7 +229,7 @@ def _generate(
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
 def _beam_search(
-    model: Decoder,
+    model: Model,
     params: Any,
     batch: Any,
     config: DecodeConfig,
@@ -260,7 +302,7 @@ def _beam_search(
 
 
 def generate(
-    model: Decoder,
+    model: Model,
     params: Any,
     prompts: Sequence[Sequence[int]],
     config: DecodeConfig,
@@ -276,9 +318,9 @@ def generate(
     compiled; the results are in the order of `prompts` and do not depend on the batching (but sampling draws do).
 
     Args:
-      model: decoder.
+      model: any.
       params: all its parameters.
-      prompts: token ids, at least one each.
+      prompts: token ids, at least one each; for an encoder with the end-of-sequence token, if it was trained so.
       config: see DecodeConfig.
       eos_ids: tokens that end a sequence.
       pad_id: any token id; it is masked.
@@ -293,7 +335,7 @@ def generate(
     if adapter_ids is not None:
         allowed = f"one id for each of the {len(prompts)} prompts"
         check(len(adapter_ids) == len(prompts), "adapter_ids", list(adapter_ids), allowed)
-    limit = model.config.max_positions - config.max_new_tokens
+    limit = _longest_prompt(model.config, config.max_new_tokens)
     for index, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= limit:
             raise DataError(
@@ -309,7 +351,7 @@ def generate(
         length = min(-(-longest // 16) * 16, limit)
         size = config.batch_size if len(order) > config.batch_size else len(order)
         filled = chosen + [chosen[0]] * (size - len(chosen))
-        batch = left_pad([prompts[i] for i in filled], length, pad_id)
+        batch = _first_batch(model.config, [prompts[i] for i in filled], length, pad_id)
         if adapter_ids is not None:
             batch["adapter_ids"] = np.asarray([adapter_ids[i] for i in filled], np.int32)
         if config.strategy == "beam":

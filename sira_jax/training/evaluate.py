@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sira_jax.models import Decoder
+from sira_jax.adapters.base import ADAPTER, split_layer
+from sira_jax.models import Model
 from sira_jax.routing import RouterStats
 from sira_jax.training.train_state import merge_params
 from sira_jax.training.train_step import Batch, token_losses
@@ -31,7 +32,7 @@ class LossEvaluator:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Model,
         frozen: Any,
         batches: Sequence[Mapping[str, np.ndarray]],
         task_names: Sequence[str],
@@ -76,7 +77,7 @@ class LossEvaluator:
 
 
 def _eval_step(
-    model: Decoder, num_tasks: int, chunk_size: int, adapter: Any, frozen: Any, batch: Batch
+    model: Model, num_tasks: int, chunk_size: int, adapter: Any, frozen: Any, batch: Batch
 ) -> tuple[dict[str, jax.Array], Any]:
     """Sums over target tokens by task, each (Z,), and what the routers sowed."""
     params = merge_params(adapter, frozen)
@@ -103,8 +104,8 @@ def router_report(sown: Mapping[str, Any], task_names: Sequence[str]) -> dict[st
 
     For "attention/q": expert_load (L, E), gate_entropy (L,) in nats, dropped_share (L,), router_confidence (L,), and with
     several tasks task_expert_load (L, Z, E), task_gate_entropy (L, Z). Under the key "tasks" stand the tasks' names.
-    A router of a whole block is called "block". Without routers the report is empty. With a set of
-    adapters the paths begin with the adapter's name: "NAME/attention/q".
+    A router of a whole block is called "block". With an encoder, the paths begin with "encoder" or "decoder". Without
+    routers the report is empty. With a set of adapters the paths begin with the adapter's name: "NAME/attention/q".
     """
 
     def is_stats(x):
@@ -114,17 +115,18 @@ def router_report(sown: Mapping[str, Any], task_names: Sequence[str]) -> dict[st
     for path, stats in jax.tree_util.tree_leaves_with_path(sown, is_leaf=is_stats):
         if not is_stats(stats):
             continue
-        names = [str(entry.key) for entry in path if hasattr(entry, "key")]
-        at = names.index("adapter")
+        names = tuple(str(entry.key) for entry in path if hasattr(entry, "key"))
+        at = names.index(ADAPTER)
+        prefix, layer, inner = split_layer(names[:at])
         # A router of the whole block stands at no projection.
-        projection = "/".join([*names[at + 1 : -1], *(names[1:at] or ["block"])])
-        if names[0] == "layers":
+        projection = "/".join([*names[at + 1 : -1], *prefix, *(inner or ["block"])])
+        if layer is None:
             count = stats.tokens.shape[0]
             for layer in range(count):
                 one = jax.tree.map(lambda x, layer=layer: x[layer], stats)
                 layers.setdefault(projection, {})[layer] = one
         else:
-            layers.setdefault(projection, {})[int(names[0].removeprefix("layers_"))] = stats
+            layers.setdefault(projection, {})[layer] = stats
     if not layers:
         return {}
     report: dict[str, Any] = {"tasks": list(task_names), "projections": {}}

@@ -18,7 +18,7 @@ from sira_jax.checkpoints.fingerprint import fingerprint
 from sira_jax.checkpoints.orbax import Checkpointer
 from sira_jax.errors import CheckpointError, ConfigError, TrainingError
 from sira_jax.files import write_text
-from sira_jax.models import Decoder
+from sira_jax.models import Model
 from sira_jax.training import partitioning
 from sira_jax.training.config import ExperimentConfig, make_experiment
 from sira_jax.training.logging import MetricsLog, Progress
@@ -153,7 +153,7 @@ class Trainer:
     def __init__(
         self,
         experiment: ExperimentConfig,
-        model: Decoder,
+        model: Model,
         frozen: Any,
         data: BatchSource,
         workdir: Path,

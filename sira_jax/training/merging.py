@@ -14,11 +14,11 @@ import numpy as np
 from sira_jax.adapters.reslora import SQUARED_NORM
 from sira_jax.adapters.trees import by_layer, by_projection
 from sira_jax.errors import MergeError
-from sira_jax.models import Decoder
+from sira_jax.models import Model
 from sira_jax.training.train_step import Batch
 
 
-def merge_error(model: Decoder, params: Any, merged_params: Any, batch: Batch) -> dict[str, float]:
+def merge_error(model: Model, params: Any, merged_params: Any, batch: Batch) -> dict[str, float]:
     """What merging changed, on the logits of a batch's valid tokens.
 
     Args:
@@ -51,7 +51,7 @@ def _differences(model, params, merged_params, batch):
     return jnp.max(jnp.abs(change_BTV)), jnp.sum(change_BTV**2), jnp.sum(adapted_BTV**2)
 
 
-def measure_norms(model: Decoder, params: Any, batches: Iterable[Batch]) -> dict[str, np.ndarray]:
+def measure_norms(model: Model, params: Any, batches: Iterable[Batch]) -> dict[str, np.ndarray]:
     """Norms of what a merge by inputs compares: projection name ("attention/q") -> (L,), float64.
 
     Frobenius norms over the valid tokens of all batches, as `adapters.reslora.merge_with_inputs` takes them.

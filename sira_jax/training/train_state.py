@@ -9,7 +9,7 @@ import optax
 from flax import struct, traverse_util
 
 from sira_jax.adapters import is_adapter, partition, split_trained
-from sira_jax.models import Decoder
+from sira_jax.models import Model
 from sira_jax.models.adapter_init import fresh_adapter
 from sira_jax.training import partitioning
 
@@ -50,13 +50,12 @@ def merge_params(*trees: Mapping[str, Any]) -> Params:
     return traverse_util.unflatten_dict(flat)
 
 
-def abstract_params(model: Decoder) -> Params:
+def abstract_params(model: Model) -> Params:
     """Shapes, types and logical axis names (flax partitioning boxes) of all parameters, without computing any."""
-    tokens = {"decoder_input_tokens": jnp.zeros((1, 2), jnp.int32)}
-    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    return jax.eval_shape(model.init, jax.random.key(0), model.init_batch())["params"]
 
 
-def abstract_adapter(model: Decoder, mesh: jax.sharding.Mesh) -> Params:
+def abstract_adapter(model: Model, mesh: jax.sharding.Mesh) -> Params:
     """Shapes, types and shardings of `init_adapter`'s tree on a mesh, without computing it."""
     shardings = partitioning.param_shardings(split_params(abstract_params(model))[0], mesh)
     shapes = jax.eval_shape(lambda key: fresh_adapter(model, key), jax.random.key(0))
@@ -65,7 +64,7 @@ def abstract_adapter(model: Decoder, mesh: jax.sharding.Mesh) -> Params:
     )
 
 
-def init_adapter(model: Decoder, seed: int) -> Params:
+def init_adapter(model: Model, seed: int) -> Params:
     """Fresh parameters of the adapter, float32; see `models.fresh_adapter`.
 
     Raises:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from sira_jax.adapters import SecondPass, StepInfo, split_trained
-from sira_jax.models import Decoder
+from sira_jax.models import Model
 from sira_jax.routing import RouterStats
 from sira_jax.training.optimizers import restart_moments
 from sira_jax.training.train_state import TrainState, merge_params
@@ -53,7 +53,7 @@ def symmetric_kl(first_V: jax.Array, second_V: jax.Array) -> jax.Array:
 
 
 def token_losses(
-    model: Decoder,
+    model: Model,
     params: Any,
     features_BTD: jax.Array,
     batch: Batch,
@@ -197,7 +197,7 @@ def router_summary(
 
 
 def make_train_step(
-    model: Decoder,
+    model: Model,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,

@@ -129,9 +129,7 @@ def test_steps_move_every_trained_leaf_and_nothing_else(method):
 def test_counted_parameters_are_the_trained_ones(method):
     model, fresh, *_ = trained_run(method)
     config = model.config
-    expected = count_model_parameters(
-        model.adapter, config.projections, config.emb_dim, config.num_layers
-    )
+    expected = count_model_parameters(model.adapter, config.stacks, config.emb_dim)
     assert count_trained(fresh) == expected
     for d_in, d_out in config.projections.values():
         flops = model.adapter.flops_per_token(d_in, d_out)

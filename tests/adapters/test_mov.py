@@ -134,7 +134,7 @@ def test_default_targets_and_counts_of_a_model():
     # The hidden layer is 12 wide, keys and values are 8.
     assert adapter["mlp"]["down"]["adapter"]["vectors"].shape == (2, 3, 12)
     sizes = model.config
-    expected = count_model_parameters(config, sizes.projections, sizes.emb_dim, sizes.num_layers)
+    expected = count_model_parameters(config, sizes.stacks, sizes.emb_dim)
     by_hand = 2 * 3 * ((8 + 8) + (8 + 8) + (12 + 12))
     assert count_trained({"layers": adapter}) == expected == by_hand
 

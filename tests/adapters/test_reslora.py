@@ -34,6 +34,11 @@ KINDS = {
     "middle": {"connection": "middle", "num_previous": 2},
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
+# Of whole models, which take seconds each to compile; `make test-all` has them all.
+few_kinds = pytest.mark.parametrize(
+    "kind",
+    [k if k in ("block", "input") else pytest.param(k, marks=pytest.mark.slow) for k in KINDS],
+)
 
 
 def chain(config, params, inputs, rng=None, deterministic=True):
@@ -172,7 +177,7 @@ def unstack(params, layers):
     return flat
 
 
-@kinds
+@few_kinds
 def test_scanned_recomputed_layers_have_the_values_and_gradients_of_separate_ones(kind):
     layers = 4
     adapter = ResLoRAConfig(rank=2, overrides=(("down", {"rank": 3}),), **KINDS[kind])
@@ -199,7 +204,7 @@ def test_scanned_recomputed_layers_have_the_values_and_gradients_of_separate_one
         np.testing.assert_allclose(other, leaf, rtol=1e-3, atol=tolerance, err_msg=str(path))
 
 
-@kinds
+@few_kinds
 def test_decoding_token_by_token_is_one_pass(kind):
     model = Decoder(decoder_config(num_layers=3), ResLoRAConfig(rank=2, **KINDS[kind]))
     params = decoder_params(model)

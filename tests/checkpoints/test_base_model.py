@@ -1,5 +1,6 @@
 """Hugging Face folders: what is loaded, what is refused, and what is written."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -19,7 +20,9 @@ from sira_jax.checkpoints import (
 from sira_jax.checkpoints.layout import flatten
 from sira_jax.errors import ModelFileError
 from tests.hf_models import (
+    FAMILIES,
     LLAMA3_ROPE,
+    TINY_GEMMA3,
     TINY_LLAMA,
     TINY_QWEN2,
     assert_same_params,
@@ -189,7 +192,7 @@ def test_tokenizer_is_an_error_only_when_asked_for(tmp_path):
     assert load(path).tokenizer().encode("hello world").ids == [3, 4]
 
 
-@pytest.mark.parametrize("config", [TINY_LLAMA, TINY_QWEN2], ids=["llama", "qwen2"])
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
 @pytest.mark.parametrize("scan_layers", [True, False])
 @pytest.mark.parametrize("most", [10**9, 20_000], ids=["one file", "shards"])
 def test_written_folder_is_read_back(tmp_path, config, scan_layers, most):
@@ -220,6 +223,43 @@ def test_written_folder_is_read_back(tmp_path, config, scan_layers, most):
     assert_same_params(again.params, model.params)
     names = json.loads((tmp_path / "b" / "tokenizer_config.json").read_text())
     assert (names["bos_token"], names["eos_token"], names["pad_token"]) == ("<s>", "</s>", "<pad>")
+
+
+def test_what_no_family_is_like_is_refused_before_anything_is_written(tmp_path):
+    model = load(write_folder(tmp_path / "a", TINY_LLAMA, weights_by_rule(TINY_LLAMA)))
+    config = dataclasses.replace(model.config, scale_embeddings=True)
+    with pytest.raises(ModelFileError, match="no model_type"):
+        save_hf_folder(tmp_path / "b", config, model.params)
+    assert not (tmp_path / "b").exists()
+
+
+OLDER = {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."}
+NEWER = {"model.": "model.language_model.", "lm_head.": "lm_head."}
+
+
+@pytest.mark.parametrize("prefixes", [OLDER, NEWER], ids=["older", "newer"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_language_model_of_one_that_reads_images(tmp_path, prefixes, tied):
+    text = {**TINY_GEMMA3, "tie_word_embeddings": tied}
+    weights = weights_by_rule(text)
+    expected = load(write_folder(tmp_path / "a", text, weights))
+    renamed = {
+        new + name.removeprefix(old): array
+        for name, array in weights.items()
+        for old, new in prefixes.items()
+        if name.startswith(old)
+    }
+    where = "model." if prefixes is NEWER else ""
+    renamed[f"{where}vision_tower.encoder.q_proj.weight"] = np.zeros((2, 2), np.float32)
+    renamed[f"{where}multi_modal_projector.norm.weight"] = np.zeros(2, np.float32)
+    whole = {"model_type": "gemma3", "text_config": text, "eos_token_id": [1, 5]}
+    found = load(write_folder(tmp_path / "b", whole, renamed))
+    assert found.config == expected.config
+    assert found.special.eos_ids == (1, 5)
+    assert_same_params(found.params, expected.params)
+    del renamed[prefixes["model."] + "layers.1.mlp.up_proj.weight"]
+    with pytest.raises(ModelFileError, match=r"missing tensors: model\.layers\.1\.mlp\.up_proj"):
+        load(write_folder(tmp_path / "b", whole, renamed))
 
 
 def test_writing_over_a_sharded_model_leaves_one_model(tmp_path):

@@ -9,14 +9,18 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 
 from sira_jax.checkpoints import load_base_model, read_config
-from sira_jax.checkpoints.gguf import GGUFSource, rope_divisors, unpermute
+from sira_jax.checkpoints.gguf import GGUFSource, unpermute
+from sira_jax.checkpoints.gguf_config import rope_divisors
 from sira_jax.errors import ModelFileError
-from sira_jax.models.config import RopeScaling
 from sira_jax.models.decoder import Decoder
+from sira_jax.models.rope import LinearRopeScaling, RopeScaling
 from tests.gguf_models import permute, tokenizer_fields, write_gguf
 from tests.hf_models import (
+    TINY_GEMMA2,
+    TINY_GEMMA3,
     TINY_LLAMA,
     TINY_QWEN2,
+    TINY_QWEN3,
     assert_same_params,
     weights_by_rule,
     write_folder,
@@ -25,6 +29,19 @@ from tests.hf_models import (
 # Quantised rows are blocks of 32 values.
 LLAMA = {**TINY_LLAMA, "hidden_size": 64, "intermediate_size": 96}
 QWEN2 = {**TINY_QWEN2, "hidden_size": 64, "intermediate_size": 96}
+WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
+QWEN3 = {**TINY_QWEN3, **WIDE}
+# What llama.cpp takes as given: base 10000 of windowed layers, scale by the head's width, every sixth layer global.
+GEMMA2 = {**TINY_GEMMA2, **WIDE, "query_pre_attn_scalar": 32}
+GEMMA3 = {
+    **TINY_GEMMA3,
+    **WIDE,
+    "query_pre_attn_scalar": 32,
+    "rope_local_base_freq": 10000.0,
+    "sliding_window_pattern": 6,
+    "num_hidden_layers": 7,
+}
+ALL = {"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3, "gemma2": GEMMA2, "gemma3": GEMMA3}
 MIXED = {"embed_tokens": Kind.Q8_0, "down_proj": Kind.F16, "v_proj": Kind.BF16, "proj": Kind.Q4_1}
 
 
@@ -33,7 +50,7 @@ def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SIRA_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("config", [LLAMA, QWEN2], ids=["llama", "qwen2"])
+@pytest.mark.parametrize("config", ALL.values(), ids=ALL)
 @pytest.mark.parametrize("held", ["float32", "bfloat16"])
 def test_equals_the_folder_of_the_same_weights(tmp_path, config, held):
     meant = write_gguf(tmp_path / "a.gguf", config, weights_by_rule(config), MIXED)
@@ -155,10 +172,11 @@ def test_rope_factors_become_llama3_scaling(tmp_path):
 
 
 FIELDS = {
-    "linear scaling": (
-        {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0},
-        "rope.scaling.type='linear'",
+    "linear scaling by less than 1": (
+        {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 0.5},
+        "rope.scaling.factor=0.5",
     ),
+    "caps": ({"llama.final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
     "yarn": ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type='yarn'"),
     "experts": ({"llama.expert_count": 8}, "llama.expert_count=8"),
     "part of the head": ({"llama.rope.dimension_count": 8}, "rope.dimension_count=8.*16"),
@@ -176,10 +194,67 @@ def test_fields_that_are_refused(tmp_path, case):
 
 
 def test_other_architectures_are_refused(tmp_path):
-    config = {**LLAMA, "model_type": "gemma3"}
+    config = {**LLAMA, "model_type": "gemma"}
     write_gguf(tmp_path / "a.gguf", config, weights_by_rule(LLAMA))
-    with pytest.raises(ModelFileError, match=r"architecture='gemma3'.*llama, qwen2"):
+    with pytest.raises(ModelFileError, match=r"architecture='gemma'.*llama, qwen2"):
         load_base_model(tmp_path / "a.gguf")
+
+
+def test_norms_of_gemma_are_stored_with_their_one(tmp_path):
+    """Read as they are, they would be near 1, and the model would add another."""
+    weights = weights_by_rule(GEMMA3)
+    write_gguf(tmp_path / "a.gguf", GEMMA3, weights)
+    source = GGUFSource(str(tmp_path / "a.gguf"))
+    names = [name for name in weights if name.endswith("norm.weight")]
+    assert len(names) == 7 * 6 + 1
+    for name in names:
+        np.testing.assert_allclose(source.read_rows(name, 0, 5), weights[name][:5], atol=1e-7)
+        assert np.abs(weights[name]).max() < 0.5
+    # Nothing else is changed, q and k least of all: they are stored as the decoder rotates them.
+    for name in set(weights) - set(names):
+        np.testing.assert_array_equal(source.read_rows(name, 3, 9), weights[name][3:9])
+    source.close()
+
+
+def read(path, config, **metadata):
+    write_gguf(path / "a.gguf", config, weights_by_rule(config), metadata=metadata)
+    return read_config(path / "a.gguf")[0]
+
+
+def test_fields_of_gemma3(tmp_path):
+    plain = read(tmp_path, GEMMA3)
+    assert (plain.sliding_window, plain.window_pattern) == (5, (True,) * 5 + (False,))
+    assert (plain.rope_theta, plain.local_rope_theta) == (1e6, 10000.0)
+    scaling = {"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 8.0}
+    assert read(tmp_path, GEMMA3, **scaling).rope_scaling == LinearRopeScaling(factor=8.0)
+    period = {"gemma3.attention.sliding_window_pattern": 2}
+    assert read(tmp_path, GEMMA3, **period).window_pattern == (True, False)
+    listed = {"gemma3.attention.sliding_window_pattern": [True, True, False] * 2 + [True]}
+    assert read(tmp_path, GEMMA3, **listed).window_pattern == (True, True, False)
+    base = {"gemma3.rope.freq_base_swa": 500.0}
+    assert read(tmp_path, GEMMA3, **base).local_rope_theta == 500.0
+    whole = read(tmp_path, {**GEMMA3, "sliding_window": None})
+    assert (whole.sliding_window, whole.local_rope_theta) == (None, None)
+    with pytest.raises(ModelFileError, match="sliding_window_pattern=0"):
+        read(tmp_path, GEMMA3, **{"gemma3.attention.sliding_window_pattern": 0})
+
+
+@pytest.mark.parametrize(("config", "layers"), [(GEMMA2, 46), (GEMMA3, 62)])
+def test_the_largest_gemmas_are_scaled_by_their_width(tmp_path, config, layers):
+    """emb_dim / num_heads is 168 and 144 there, which no field says."""
+    assert read(tmp_path, config).query_pre_attn_scalar is None
+    assert read(tmp_path, {**config, "num_hidden_layers": layers}).query_pre_attn_scalar == 16
+
+
+def test_caps_and_window_of_gemma2_where_the_file_is_silent(tmp_path):
+    silent = {
+        key: value
+        for key, value in GEMMA2.items()
+        if not key.endswith("softcapping") and key != "sliding_window"
+    }
+    config = read(tmp_path, silent)
+    assert (config.attention_softcap, config.final_softcap) == (50.0, 30.0)
+    assert (config.sliding_window, config.window_pattern) == (4096, (True, False))
 
 
 def test_tensors_that_do_not_fit_are_named_as_the_file_does(tmp_path):

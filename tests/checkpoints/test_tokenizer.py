@@ -99,7 +99,8 @@ def test_added_token_id():
 
 TOKENS = tokenizer_fields("smollm")["tokenizer.ggml.tokens"]
 BAD = {
-    "sentencepiece": ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.model='llama'.*gpt2"),
+    "other model": ({"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model='bert'.*gpt2 or llama"),
+    "no scores": ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.scores is missing or no list"),
     "other split": (
         {"tokenizer.ggml.pre": "tekken"},
         "tokenizer.ggml.pre='tekken'.*smollm, qwen2, llama-bpe",

@@ -46,6 +46,16 @@ def get_config():
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs(tmp_path_factory):
+    """JAX's cache on disk, which spares the scripts here compiling the same programs again and again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+        yield
+
+
 def script(name, *arguments, wait=True, stdin=None):
     """Runs a script with TensorFlow left alone and one XLA device."""
     command = [sys.executable, str(REPO / "scripts" / name), *map(str, arguments)]
@@ -147,6 +157,7 @@ def test_a_killed_run_resumes_to_the_unbroken_result(config_file, unbroken, tmp_
     assert_same_run(workdir, unbroken)
 
 
+@pytest.mark.slow  # tests/training/test_loop.py stops the loop itself so
 def test_sigterm_saves_exits_0_and_resumes(config_file, unbroken, tmp_path):
     workdir = tmp_path / "stopped"
     process = train(config_file, workdir, wait=False)

@@ -149,7 +149,10 @@ def test_scanned_layers_equal_layers_apart(sira_params, plain_result):
     assert set(metrics2) == {"layers_0", "layers_1"}
 
 
-@pytest.mark.parametrize("policy", ["full", "dots", "dots_no_batch"])
+@pytest.mark.parametrize(
+    "policy",
+    ["full", *(pytest.param(p, marks=pytest.mark.slow) for p in ("dots", "dots_no_batch"))],
+)
 def test_memory_policies_change_nothing(policy, sira_params, plain_result):
     result = loss_and_grads(decoder_config(remat_policy=policy), sira_params, PACKED)
     assert_trees_close(result, plain_result)

@@ -17,10 +17,8 @@ from sira_jax.models.layers import (
     MLP,
     Attention,
     RMSNorm,
-    apply_rotary,
-    rotary_frequencies,
-    rotary_tables,
 )
+from sira_jax.models.rope import apply_rotary, rotary_frequencies, rotary_tables
 from tests.models import reference
 from tests.tiny import decoder_config, draw, shapes_of
 
@@ -54,10 +52,9 @@ SCALING = RopeScaling(
 @pytest.mark.parametrize("scaling", [None, SCALING])
 @pytest.mark.parametrize("theta", [10000.0, 500.0])
 def test_rotary_is_a_product_of_complex_numbers(scaling, theta):
-    config = decoder_config(head_dim=12, rope_theta=theta, rope_scaling=scaling)
     positions = np.asarray([[0, 1, 2, 50], [7, 0, 3, 3]])
     x = np.random.default_rng(1).normal(size=(2, 4, 3, 12)).astype(np.float32)
-    y = apply_rotary(x, rotary_tables(positions, config))
+    y = apply_rotary(x, rotary_tables(positions, 12, theta, scaling))
     for index in np.ndindex(2, 4, 3):
         position = positions[index[:2]]
         expected = reference.rotate(x[index].astype(np.float64), position, theta, scaling)
@@ -93,12 +90,11 @@ def test_llama3_scaling_has_all_three_cases():
 
 
 def test_rotary_scores_depend_on_distance_alone():
-    config = decoder_config(head_dim=8)
     q, k = np.random.default_rng(2).normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
 
     def score(query, key):
         turned = [
-            apply_rotary(v, rotary_tables(np.asarray([[p]]), config))
+            apply_rotary(v, rotary_tables(np.asarray([[p]]), 8, 10000.0))
             for v, p in ((q, query), (k, key))
         ]
         return float(jnp.sum(turned[0] * turned[1]))
@@ -144,7 +140,8 @@ def test_attention(x, name, changes):
     positions = np.stack([np.arange(7), np.arange(7)[::-1]])
     module = Attention(config, None, name="attention")
     mask = attention_mask(segments, segments, 0)
-    inputs = (x, mask, rotary_tables(positions, config), AdapterContext())
+    rotary = rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+    inputs = (x, mask, rotary, AdapterContext())
     params = draw(shapes_of(module, *inputs))
     assert ("bias" in params["q"]) == config.qkv_bias
     assert "bias" not in params["o"]

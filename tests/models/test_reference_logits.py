@@ -10,7 +10,7 @@ from sira_jax.checkpoints import load_base_model
 from sira_jax.models.decoder import Decoder
 from tests.hf_models import weights_by_rule, write_folder
 
-REFERENCE = json.loads((Path(__file__).parent / "llama_reference.json").read_text())
+REFERENCE = json.loads((Path(__file__).parent / "reference_logits.json").read_text())
 MODELS = REFERENCE["models"]
 
 
@@ -19,7 +19,7 @@ def logits(model, ids):
     return np.asarray(Decoder(model.config).apply({"params": model.params}, batch))[0]
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("scan_layers", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_transformers(tmp_path, name, scan_layers):
     expected = MODELS[name]
@@ -30,11 +30,20 @@ def test_logits_are_those_of_transformers(tmp_path, name, scan_layers):
 
 
 def test_the_numbers_would_show_a_difference(tmp_path):
-    """Rope scaling, biases and the base of the rotary frequencies each move them by far more."""
+    """What config.json says of rotary positions, norms, windows, caps and scale each moves them by far more."""
     for name, change in (
         ("llama-tied-scaled", {"rope_scaling": None}),
         ("llama", {"rope_theta": 500000.0}),
         ("qwen2", {"rms_norm_eps": 1e-1}),
+        ("mistral-window", {"sliding_window": 7}),
+        ("qwen2-window", {"max_window_layers": 2}),
+        ("gemma2", {"sliding_window": 6}),
+        ("gemma2", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}),
+        ("gemma2", {"attn_logit_softcapping": None}),
+        ("gemma2", {"final_logit_softcapping": None}),
+        ("gemma2", {"query_pre_attn_scalar": 12}),
+        ("gemma3", {"rope_local_base_freq": 1000000.0}),
+        ("gemma3-scaled", {"rope_scaling": None}),
     ):
         expected = MODELS[name]
         config = {**expected["config"], **change}

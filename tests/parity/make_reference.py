@@ -1,4 +1,4 @@
-"""Writes tests/models/llama_reference.json: logits as transformers computes them.
+"""Writes tests/models/reference_logits.json: logits as transformers computes them.
 
 Needs torch and transformers (`make parity-setup`):
 
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from tests.hf_models import weights_by_rule, write_folder
 from tests.parity.reference_configs import CONFIGS, NUM_TOKENS, token_ids
 
-TARGET = Path(__file__).parents[1] / "models" / "llama_reference.json"
+TARGET = Path(__file__).parents[1] / "models" / "reference_logits.json"
 POSITIONS = (0, 1, NUM_TOKENS // 2, NUM_TOKENS - 1)
 
 

@@ -1,6 +1,6 @@
 """The small models that are compared with transformers, as fields of config.json."""
 
-from tests.hf_models import TINY_LLAMA, TINY_QWEN2
+from tests.hf_models import TINY_GEMMA2, TINY_GEMMA3, TINY_LLAMA, TINY_QWEN2, TINY_QWEN3
 
 NUM_TOKENS = 48
 LLAMA3_ROPE = {
@@ -27,6 +27,28 @@ CONFIGS = {
         "sliding_window": None,
     },
     "qwen2": {**TINY_QWEN2, "rope_theta": 1000000.0},
+    "mistral-window": {
+        **TINY_LLAMA,
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "sliding_window": 6,
+    },
+    "qwen2-window": {
+        **TINY_QWEN2,
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "max_window_layers": 1,
+    },
+    "qwen3": TINY_QWEN3,
+    "gemma2": TINY_GEMMA2,
+    "gemma3": TINY_GEMMA3,
+    "gemma3-scaled": {
+        **TINY_GEMMA3,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "final_logit_softcapping": 3.0,
+        "tie_word_embeddings": False,
+    },
 }
 
 

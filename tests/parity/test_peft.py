@@ -1,5 +1,7 @@
 """Adapters against PEFT itself, in both directions (`make parity-setup`)."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from sira_jax.checkpoints.adapter_file import abstract_adapter
 from sira_jax.checkpoints.peft import can_export, load_peft, save_peft
 from sira_jax.models import Decoder
 from sira_jax.training.train_state import merge_params
-from tests.hf_models import TINY_LLAMA, TINY_QWEN2, weights_by_rule, write_folder
+from tests.hf_models import FAMILIES, TINY_LLAMA, TINY_QWEN2, weights_by_rule, write_folder
 from tests.tiny import draw
 
 torch = pytest.importorskip("torch")
@@ -24,6 +26,8 @@ pytestmark = [
 ]
 
 MODELS = {"llama": TINY_LLAMA, "qwen2": TINY_QWEN2}
+# Whose names and shapes alone are others: one method with a bare pair and one that reads the base.
+OTHER_MODELS = ("qwen3", "gemma2", "gemma3")
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
 OVERRIDDEN = {
     "rank": 2,
@@ -48,7 +52,7 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("bases")
     return {
         name: write_folder(root / name, config, weights_by_rule(config))
-        for name, config in MODELS.items()
+        for name, config in FAMILIES.items()
     }
 
 
@@ -86,9 +90,13 @@ def test_every_method_that_is_exported_is_compared():
     assert {name for name, config in METHODS.items() if can_export(config)} == compared
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("method", EXPORTED)
+@pytest.mark.parametrize(
+    ("method", "model", "scan_layers"),
+    [
+        *itertools.product(EXPORTED, MODELS, [True, False]),
+        *itertools.product(["lora on all", "dora"], OTHER_MODELS, [True]),
+    ],
+)
 def test_what_we_write_computes_the_same_in_peft(tmp_path, folders, method, model, scan_layers):
     config = make_config({"method": method} | EXPORTED[method])
     base = load_base_model(folders[model], scan_layers=scan_layers)
@@ -127,9 +135,13 @@ PEFT_CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("name", PEFT_CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "model", "scan_layers"),
+    [
+        *itertools.product(PEFT_CONFIGS, MODELS, [True, False]),
+        *itertools.product(["all-linear", "dora"], OTHER_MODELS, [False]),
+    ],
+)
 def test_what_peft_writes_computes_the_same_here(tmp_path, folders, name, model, scan_layers):
     fields = {"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM"} | PEFT_CONFIGS[name]
     torch.manual_seed(0)

@@ -6,9 +6,9 @@ import pytest
 from sira_jax.checkpoints import SpecialTokens, load_base_model, save_hf_folder
 from sira_jax.checkpoints.hf_config import to_hf_config
 from sira_jax.checkpoints.tokenizer import tokenizer_from_gguf
-from sira_jax.models.config import RopeScaling
 from sira_jax.models.decoder import Decoder
 from sira_jax.models.presets import count_parameters, preset
+from sira_jax.models.rope import RopeScaling
 from tests.gguf_models import tokenizer_fields
 from tests.parity.reference_configs import CONFIGS, LLAMA3_ROPE, token_ids
 
@@ -131,7 +131,11 @@ def test_transformers_reads_the_tokenizer_that_is_written(tmp_path):
     assert chat == "<|im_start|>hello"
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m", "llama-3.2-1b", "qwen2.5-0.5b"])
+@pytest.mark.parametrize(
+    "name",
+    ["smollm2-135m", "llama-3.2-1b", "qwen2.5-0.5b", "qwen3-0.6b", "qwen3-32b", "gemma-2-27b"]
+    + [f"gemma-3-{size}" for size in ("270m", "4b", "27b")],
+)
 def test_presets_have_the_parameters_of_transformers_models(name):
     fields = to_hf_config(preset(name))
     config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)

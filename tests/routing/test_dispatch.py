@@ -208,7 +208,10 @@ def test_groups_do_not_interact(algorithm):
     assert np.abs(other[0] - delta[0]).max() > 0.1
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    "algorithm",
+    [pytest.param(a, marks=[pytest.mark.slow] if a != "ragged" else []) for a in ALGORITHMS],
+)
 def test_transformations_agree_with_a_plain_call(algorithm):
     config, arrays, valid = build("odd_sizes")
     config = dataclasses.replace(config, dispatch=algorithm)

@@ -46,6 +46,7 @@ def test_wrong_candidates_are_named(candidate, named):
         method_adapters([candidate])
 
 
+@pytest.mark.slow
 def test_without_a_lora_of_the_same_rank_there_is_no_ratio_to_it():
     adapters = {"floor": step_adapters(4, 2, 2)["floor"]}
     (row,) = run_step_benchmark(

@@ -132,7 +132,7 @@ def test_no_tensorflow_without_the_registry():
         "    importlib.import_module(module.name)\n"
         "import tasks\n"
         "ours = tasks.load_mixture('cldr_sw', 'test', 'bytes', limit=20)\n"
-        "tasks.InputPipeline(*ours, batch_size=2, length=128, seed=0).next_batch()\n"
+        "tasks.InputPipeline(*ours, batch_size=2, converter=tasks.DecoderFeatures(length=128), seed=0).next_batch()\n"
         "heavy = {'tensorflow', 'seqio', 't5x', 'torch'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sira_jax.errors import CheckpointError, ConfigError, DataError
+from tasks.converters import DecoderFeatures
 from tasks.features import unpack
 from tasks.loading import TokenizedTask
 from tasks.pipeline import InputPipeline, eval_batches
@@ -35,7 +36,9 @@ RATES = (1.0, 2.0, 1.0)
 
 
 def pipeline(tasks=TASKS, rates=RATES, **changes):
-    settings_ = {"batch_size": 4, "length": 24, "seed": 3} | changes
+    features = {name: changes.pop(name) for name in ("length", "bos_id") if name in changes}
+    converter = DecoderFeatures(**({"length": 24} | features))
+    settings_ = {"batch_size": 4, "converter": converter, "seed": 3} | changes
     return InputPipeline(tasks, rates, **settings_)
 
 
@@ -260,7 +263,7 @@ def test_examples_that_are_too_long():
 @pytest.mark.parametrize("pack", [True, False])
 def test_eval_batches_hold_each_example_once_in_order(pack):
     seen = []
-    for batch in eval_batches(TASKS, batch_size=4, length=24, pack=pack):
+    for batch in eval_batches(TASKS, batch_size=4, converter=DecoderFeatures(length=24), pack=pack):
         assert batch["decoder_input_tokens"].shape == (4, 24)
         seen += [(p.task_id, int(p.example.tokens[0])) for row in unpack(batch) for p in row]
     assert sorted(seen) == sorted(
@@ -273,9 +276,17 @@ def test_eval_batches_hold_each_example_once_in_order(pack):
 
 
 def test_eval_batches_over_processes():
-    whole = list(eval_batches(TASKS, batch_size=4, length=24))
+    whole = list(eval_batches(TASKS, batch_size=4, converter=DecoderFeatures(length=24)))
     parts = [
-        list(eval_batches(TASKS, batch_size=4, length=24, process_index=i, process_count=2))
+        list(
+            eval_batches(
+                TASKS,
+                batch_size=4,
+                converter=DecoderFeatures(length=24),
+                process_index=i,
+                process_count=2,
+            )
+        )
         for i in range(2)
     ]
     assert len(whole) == len(parts[0]) == len(parts[1])
@@ -285,4 +296,4 @@ def test_eval_batches_over_processes():
 
 def test_eval_batches_fail_at_the_call():
     with pytest.raises(DataError, match="an example takes"):
-        eval_batches(TASKS, batch_size=4, length=5)
+        eval_batches(TASKS, batch_size=4, converter=DecoderFeatures(length=5))

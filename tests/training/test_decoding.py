@@ -15,6 +15,7 @@ from sira_jax.errors import DataError
 from sira_jax.models import Decoder
 from sira_jax.training.config import DecodeConfig
 from sira_jax.training.decoding import NEVER, cut_at_stop, filter_logits, generate, left_pad
+from tests.models.families import FAMILIES
 from tests.tiny import decoder_config, decoder_params
 
 PROMPTS = [[3, 1, 4], [1, 5], [9, 2, 6, 5, 3, 5, 8], [9], [7, 9, 3, 2]]
@@ -94,6 +95,19 @@ def test_greedy_of_other_models(adapter, changes):
     model, params = build(adapter, **changes)
     expected = greedy_by_full_passes(model, params, PROMPTS, NEW)
     assert generate(model, params, PROMPTS, GREEDY) == expected
+
+
+@pytest.mark.parametrize(("family", "scan_layers"), [("mistral", False), ("all", True)])
+def test_greedy_of_models_with_windows(family, scan_layers):
+    """Prompts shorter and longer than the window, padded on the left, and new tokens that leave it behind."""
+    # With tied embeddings, scaled ones most of all, random models repeat what they are given.
+    fields = FAMILIES[family] | {"scan_layers": scan_layers, "tie_embeddings": False}
+    model, params = build(LORA, **fields)
+    expected = greedy_by_full_passes(model, params, PROMPTS, NEW)
+    assert max(len(set(row)) for row in expected) > 2
+    assert generate(model, params, PROMPTS, GREEDY) == expected
+    wide = build(LORA, **fields | {"sliding_window": 63})[0]
+    assert greedy_by_full_passes(wide, params, PROMPTS, NEW) != expected
 
 
 def test_prompts_do_not_see_their_batch(frozen, expected):
@@ -284,6 +298,7 @@ def test_one_beam_is_greedy(frozen, expected):
     assert got == [cut_at_stop(row, eos_ids) for row in expected]
 
 
+@pytest.mark.slow
 def test_beams_of_layers_apart_and_of_batches_agree():
     model, params = build(LORA)
     config = DecodeConfig(strategy="beam", num_beams=3, max_new_tokens=4, batch_size=5)
@@ -296,6 +311,42 @@ def test_beams_of_layers_apart_and_of_batches_agree():
     }
     rest = {name: value for name, value in params.items() if name != "layers"}
     assert generate(apart, rest | layers, PROMPTS, config, eos_ids=(4,)) == together
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3"])
+def test_cached_logits_of_ragged_prompts_are_those_of_full_passes(family):
+    """Prompts of 1, 4 and 7 tokens in one call, then token by token, each row against its own full pass."""
+    model = Decoder(decoder_config(**FAMILIES[family]))
+    params = decoder_params(model)
+    rng = np.random.default_rng(0)
+    lengths, more = (1, 4, 7), 5
+    rows = [rng.integers(1, 23, length + more).tolist() for length in lengths]
+    full = np.zeros((3, 12), np.int32)
+    for row, tokens in enumerate(rows):
+        full[row, : len(tokens)] = tokens
+    segments = (np.arange(12) < [[length + more] for length in lengths]).astype(np.int32)
+    expected = _logits(model, params, full, segments)
+
+    @jax.jit
+    def feed(variables, batch):
+        return model.apply(variables, batch, cache_length=12, mutable=["cache"])
+
+    prompts = [row[:length] for row, length in zip(rows, lengths, strict=True)]
+    y, cache = feed({"params": params}, left_pad(prompts, 7, pad_id=9))
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(
+            y[row, 7 - length :], expected[row, :length], rtol=1e-4, atol=1e-4
+        )
+    for step in range(more):
+        at = np.asarray(lengths) + step
+        batch = {
+            "decoder_input_tokens": full[np.arange(3), at][:, None],
+            "decoder_positions": at[:, None],
+        }
+        y, cache = feed({"params": params} | cache, batch)
+        np.testing.assert_allclose(
+            y[:, 0], expected[np.arange(3), at], rtol=1e-4, atol=1e-4, err_msg=str(step)
+        )
 
 
 def test_cached_logits_are_those_of_a_full_pass(frozen):

@@ -29,8 +29,8 @@ def test_error_of_an_exact_merge_is_rounding(adapter):
     assert error["max_abs_difference"] < 1e-5
 
 
-@pytest.mark.parametrize("connection", ["input", "middle"])
-@pytest.mark.parametrize("merge_by", ["weights", "inputs"])
+@pytest.mark.parametrize("connection", ["input", pytest.param("middle", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("merge_by", ["inputs", pytest.param("weights", marks=pytest.mark.slow)])
 def test_error_of_an_approximate_merge_is_that_of_the_valid_logits(connection, merge_by):
     adapter = ResLoRAConfig(rank=2, connection=connection, merge_by=merge_by)
     model, params = make(adapter)

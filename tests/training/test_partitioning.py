@@ -18,6 +18,7 @@ from sira_jax.training.partitioning import (
     replicated,
 )
 from sira_jax.training.train_state import abstract_params
+from tests.models.families import FAMILIES
 from tests.tiny import decoder_config
 
 
@@ -126,8 +127,13 @@ def test_lora_is_replicated():
 
 
 def test_every_logical_name_of_the_model_is_in_the_table():
-    for adapter in (LoRAConfig(), SiRAConfig()):
-        model = Decoder(decoder_config(tie_embeddings=False, qkv_bias=True), adapter)
+    plain = decoder_config(tie_embeddings=False, qkv_bias=True)
+    for config, adapter in (
+        (plain, LoRAConfig()),
+        (plain, SiRAConfig()),
+        (decoder_config(**FAMILIES["all"]), None),
+    ):
+        model = Decoder(config, adapter)
         boxes = jax.tree.leaves(
             abstract_params(model), is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
         )
