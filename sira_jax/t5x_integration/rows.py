@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from sira_jax.adapters.trees import STACKED
+from sira_jax.adapters.base import STACKED
 
 
 def to_rows(cache: Mapping[str, Any], rows: int) -> dict[str, Any]:

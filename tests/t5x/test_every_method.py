@@ -18,6 +18,8 @@ pytest.importorskip("t5x", reason=MISSING, exc_type=ImportError)
 
 # Routes by the prompt among a decoder block's projections.
 DECODER_ONLY = {"milora"}
+# A stage of xgblora has two layers.
+DEEP = {"decoder": {}, "encoder_decoder": {"num_encoder_layers": 2, "num_decoder_layers": 2}}
 CASES = [
     (kind, method)
     for kind in ("decoder", "encoder_decoder")
@@ -36,7 +38,7 @@ def test_a_step_keeps_the_states_shapes(kind, method):
         "decoder": (decoder, ("q", "v", "up")),
         "encoder_decoder": (encoder_decoder, ("query", "wo")),
     }[kind]
-    model = t5x_model(make(METHODS[method](targets=targets)))
+    model = t5x_model(make(METHODS[method](targets=targets), **DEEP[kind]))
     initializer = utils.TrainStateInitializer(
         model.optimizer_def, model.get_initial_variables, {}, make_partitioner()
     )

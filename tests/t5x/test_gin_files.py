@@ -100,16 +100,7 @@ def test_a_model_of_each_size(parsed, size):
     )
     assert found == SIZES[size]
     assert (model.num_steps, model.seed) == (3, 5)
-    assert model.module.adapter.targets == (
-        "query",
-        "key",
-        "value",
-        "out",
-        "wi",
-        "wi_0",
-        "wi_1",
-        "wo",
-    )
+    assert model.module.adapter == METHODS["lora"]()
 
 
 @pytest.mark.t5x
