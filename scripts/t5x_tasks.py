@@ -11,8 +11,8 @@ from tasks import registry, specs
 def with_vocabulary(name: str, vocabulary: seqio.Vocabulary) -> str:
     """The name under which SeqIO has the task or mixture `name` with this vocabulary.
 
-    A task of this project that is registered with another vocabulary is registered once more, as NAME__ and a digest of the
-    vocabulary. Any other task keeps its own vocabulary, which T5X compares with the model's.
+    A task of this project that is registered with another vocabulary is registered once more, as NAME__ and the kind and size
+    of the vocabulary. Any other task keeps its own vocabulary, which T5X compares with the model's.
 
     Raises:
       DataError: there is no such task.
@@ -27,10 +27,16 @@ def with_vocabulary(name: str, vocabulary: seqio.Vocabulary) -> str:
         )
     if name not in (*specs.TASKS, *specs.MIXTURES):
         return name
-    features = seqio.get_mixture_or_task(name).output_features
-    if all(feature.vocabulary == vocabulary for feature in features.values()):
-        return name
-    digest = registry.as_vocabulary(vocabulary).fingerprint()[:8]
-    bound = f"{name}__{digest}"
-    registry.bind(name, vocabulary, register_as=bound)
+    bound, count = name, 1
+    while bound in known and not _has(bound, vocabulary):
+        bound = f"{name}__{type(vocabulary).__name__}_{vocabulary.vocab_size}"
+        bound += "" if count == 1 else f"_{count}"
+        count += 1
+    if bound not in known:
+        registry.bind(name, vocabulary, register_as=bound)
     return bound
+
+
+def _has(name: str, vocabulary: seqio.Vocabulary) -> bool:
+    features = seqio.get_mixture_or_task(name).output_features
+    return all(feature.vocabulary == vocabulary for feature in features.values())

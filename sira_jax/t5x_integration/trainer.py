@@ -37,6 +37,7 @@ class AdapterTrainer(trainer.Trainer):
         follow the model's `seed` and the step.
       num_microbatches: microbatches a step, a divisor of the batch size; None for one.
       weight_metrics_computer: T5X's.
+      learning_rate_fn: not used, see above; T5X's evaluation gives it.
 
     Raises:
       ConfigError: the model's optimizer is not an AdapterOptimizer.
@@ -54,14 +55,16 @@ class AdapterTrainer(trainer.Trainer):
         rng: Any,
         num_microbatches: int | None = None,
         weight_metrics_computer: Any = None,
+        learning_rate_fn: Any = None,
     ):
+        del learning_rate_fn
         optimizer = model.optimizer_def
         name = f"{type(model).__name__}.optimizer_def"
         allowed = (
             "a sira_jax.t5x_integration.optimizer.AdapterOptimizer, which leaves the base alone"
         )
         check(isinstance(optimizer, AdapterOptimizer), name, optimizer, allowed)
-        if model.adapter_path is not None:
+        if model.adapter_path is not None and train_state is not None:
             _, base = partition(train_state.params, is_adapter)
             header = read_header(model.adapter_path)
             check_base(model.adapter_path, header, model.module.config, fingerprint(base))
