@@ -100,6 +100,34 @@ def test_the_base_comes_from_plain_t5x_and_the_adapter_from_scratch(run, bases, 
     np.testing.assert_allclose(ours[real], theirs[real], rtol=1e-4, atol=1e-4)
 
 
+def test_an_assignment_map_renames_on_the_way_in(run, bases):
+    from t5x import utils
+
+    from sira_jax.t5x_integration.checkpointing import base_only
+
+    path, _, plain_params = bases["t5x"]
+    inner = "target/encoder/layers_0/mlp/wi_"
+    config = utils.RestoreCheckpointConfig(
+        path=path,
+        mode="specific",
+        assignment_map=[
+            (f"{inner}0/kernel", f"{inner}1/kernel"),
+            (f"{inner}1/kernel", f"{inner}0/kernel"),
+        ],
+        state_transformation_fns=[base_only],
+    )
+    state = checkpointer(run, "unused", None).restore(
+        path=path,
+        state_transformation_fns=config.state_transformation_fns,
+        fallback_state=run.initializer.from_scratch(jax.random.PRNGKey(1)).state_dict(),
+    )
+    ours, theirs = (
+        params["encoder"]["layers_0"]["mlp"] for params in (params_of(state), plain_params)
+    )
+    assert_same(ours["wi_0"]["kernel"], theirs["wi_1"]["kernel"])
+    assert_same(ours["wi_1"]["kernel"], theirs["wi_0"]["kernel"])
+
+
 @pytest.fixture(scope="module")
 def trained(run, bases, tmp_path_factory):
     """(state after two steps on the base, directory of its checkpoint, metrics of the next steps)."""
