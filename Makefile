@@ -35,8 +35,8 @@ parity-setup: $(READY)  ## install torch (CPU) and transformers, for the parity 
 t5x-setup: $(READY)  ## install what T5X imports from PyPI; T5X itself is not there, see docs/t5x.md
 	$(PY) -m pip install --disable-pip-version-check -q -e '.[t5x]'
 
-test-t5x: $(READY)  ## the tests with T5X: T5X_PATH=, AIRIO_PATH=, JESTIMATOR_PATH= are clones
-	@PYTHONPATH="$(T5X_PATH):$(AIRIO_PATH):$(JESTIMATOR_PATH):$$PYTHONPATH" $(PY) -m pytest -n 1 tests/t5x
+test-t5x: t5x-setup  ## the tests with T5X: T5X_PATH= and AIRIO_PATH= are clones
+	@PYTHONPATH="$(abspath $(T5X_PATH)):$(abspath $(AIRIO_PATH)):$$PYTHONPATH" $(PY) -m pytest -n 1 tests/t5x
 
 lint: $(READY)  ## ruff check and ruff format --check
 	@$(VENV)/bin/ruff check .

@@ -20,7 +20,7 @@ from sira_jax.errors import DependencyError
 NEEDED = {
     "t5x": "github.com/google-research/t5x",
     "airio": "github.com/google/airio",
-    "jestimator": "github.com/google-research/jestimator",
+    "jestimator": "jestimator",
     "seqio": "seqio",
     "gin": "gin-config",
     "fiddle": "fiddle",
@@ -40,10 +40,10 @@ VERSIONS = {
     "fiddle": ("0.3.0", None),
 }
 INSTALL = (
-    "git clone https://github.com/google-research/t5x and likewise google/airio and google-research/jestimator, which"
-    " its code imports; then put the three clones on PYTHONPATH and `pip install gin-config fiddle grain cached_property"
-    " tensorflow-text tensorflow-datasets` (or, as T5X's README says, `pip install -e .` in each, which replaces the"
-    " installed jax, flax and optax by what it finds); see docs/t5x.md"
+    "git clone https://github.com/google-research/t5x and likewise google/airio, which its code imports; then put the"
+    " two clones on PYTHONPATH and `pip install gin-config fiddle grain jestimator cached_property tensorflow-text"
+    " tensorflow-datasets` (or, as T5X's README says, `pip install -e .` in each, which replaces the installed jax,"
+    " flax and optax by what it finds); see docs/t5x.md"
 )
 # What this package calls of T5X, that older copies lack.
 _CALLED = {
@@ -117,7 +117,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def mend_pjit(module: Any) -> None:
-    """Puts PartitionSpec back into jax.experimental.pjit, where jestimator's releases still import it from."""
+    """Puts PartitionSpec back into jax.experimental.pjit, where jestimator's releases import it from."""
     if not hasattr(module, "PartitionSpec"):
         module.PartitionSpec = jax.sharding.PartitionSpec
 

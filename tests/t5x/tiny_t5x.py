@@ -17,7 +17,7 @@ from tests.tiny import draw, shapes_of
 VOCAB = 384
 STEPS = 4
 SEED = 3
-MISSING = "T5X is not on the path: make test-t5x T5X_PATH=... AIRIO_PATH=... JESTIMATOR_PATH=..."
+MISSING = "T5X is not on the path: make test-t5x T5X_PATH=... AIRIO_PATH=..."
 
 
 def encoder_decoder(adapter, **changes):
