@@ -8,11 +8,16 @@ from sira_jax.errors import DataError
 from tasks import registry, specs
 
 
-def with_vocabulary(name: str, vocabulary: seqio.Vocabulary) -> str:
+def with_vocabulary(name: str, vocabulary: seqio.Vocabulary, inputs_eos: bool = False) -> str:
     """The name under which SeqIO has the task or mixture `name` with this vocabulary.
 
     A task of this project that is registered with another vocabulary is registered once more, as NAME__ and the kind and size
     of the vocabulary. Any other task keeps its own vocabulary, which T5X compares with the model's.
+
+    Args:
+      name: of the task.
+      vocabulary: the model's.
+      inputs_eos: this project's tasks end their inputs with eos, as an encoder reads them.
 
     Raises:
       DataError: there is no such task.
@@ -28,15 +33,16 @@ def with_vocabulary(name: str, vocabulary: seqio.Vocabulary) -> str:
     if name not in (*specs.TASKS, *specs.MIXTURES):
         return name
     bound, count = name, 1
-    while bound in known and not _has(bound, vocabulary):
+    while bound in known and not _has(bound, vocabulary, inputs_eos):
         bound = f"{name}__{type(vocabulary).__name__}_{vocabulary.vocab_size}"
         bound += "" if count == 1 else f"_{count}"
         count += 1
     if bound not in known:
-        registry.bind(name, vocabulary, register_as=bound)
+        registry.bind(name, vocabulary, inputs_eos=inputs_eos, register_as=bound)
     return bound
 
 
-def _has(name: str, vocabulary: seqio.Vocabulary) -> bool:
+def _has(name: str, vocabulary: seqio.Vocabulary, inputs_eos: bool) -> bool:
     features = seqio.get_mixture_or_task(name).output_features
-    return all(feature.vocabulary == vocabulary for feature in features.values())
+    is_same = all(feature.vocabulary == vocabulary for feature in features.values())
+    return is_same and features["inputs"].add_eos == inputs_eos

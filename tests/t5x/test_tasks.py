@@ -22,6 +22,17 @@ def test_a_task_of_this_project_gets_the_models_vocabulary(name):
     assert all(feature.vocabulary == seqio.ByteVocabulary() for feature in own.values())
 
 
+def test_inputs_of_an_encoder_end_with_eos():
+    vocabulary = seqio.ByteVocabulary(extra_ids=9)
+    bound = with_vocabulary("cldr_date_sw", vocabulary, inputs_eos=True)
+    assert bound != with_vocabulary("cldr_date_sw", vocabulary)
+    assert bound == with_vocabulary("cldr_date_sw", vocabulary, inputs_eos=True)
+    task = seqio.get_mixture_or_task(bound)
+    lengths = {"inputs": 256, "targets": 256}
+    example = next(task.get_dataset(lengths, "train", shuffle=False).take(1).as_numpy_iterator())
+    assert example["inputs"][-1] == example["targets"][-1] == vocabulary.eos_id
+
+
 def test_any_other_task_stays_as_it_is():
     assert with_vocabulary("tiny_mixture", LARGER) == "tiny_mixture"
     assert tiny_tasks.VOCABULARY != LARGER
