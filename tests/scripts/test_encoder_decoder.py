@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from flax import traverse_util
 
-from scripts import compare
 from scripts.compare_plan import Options, plan_runs
 from sira_jax.adapters import METHODS, LoRAConfig
 from sira_jax.checkpoints import load_base_model, peft
@@ -110,7 +110,7 @@ def test_a_t5x_checkpoint_becomes_a_folder(tmp_path, capsys):
 
 
 def test_a_comparison_of_all_methods_leaves_out_what_the_model_cannot_have(folder, capsys):
-    config = compare.DEFAULT_CONFIG
+    config = Path(__file__).parents[2] / "configs/experiments/compare.py"
     overrides = {"data.vocabulary": "bytes", "data.target_length": 96}
     options = Options(
         config=str(config),
