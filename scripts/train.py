@@ -28,6 +28,13 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
 TENSORBOARD = flags.DEFINE_bool("tensorboard", True, "Write TensorBoard event files.")
+STOPPED_STATUS = flags.DEFINE_integer(
+    "stopped_status",
+    0,
+    "Exit status after a signal stopped the run and it was saved; a cluster takes 0 for the end of the run.",
+    lower_bound=0,
+    upper_bound=255,
+)
 
 
 def main(argv: list[str]) -> int:
@@ -42,6 +49,7 @@ def main(argv: list[str]) -> int:
     outcome = train(plan, Path(WORKDIR.value), tensorboard=TENSORBOARD.value)
     if outcome != "done":
         print(f"stopped by {outcome} after saving; the same command goes on from there")
+        return STOPPED_STATUS.value
     return 0
 
 
