@@ -4,10 +4,10 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-all lint format parity-setup clean
+.PHONY: help setup demo test test-all test-t5x lint format parity-setup t5x-setup clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 setup: $(READY)  ## make .venv and install the requirements
 
@@ -31,6 +31,12 @@ test-all: $(READY)  ## everything, the slow checks too; parity checks run where 
 
 parity-setup: $(READY)  ## install torch (CPU) and transformers, for the parity tests
 	$(PY) -m pip install --disable-pip-version-check -q -e '.[parity]'
+
+t5x-setup: $(READY)  ## install what T5X imports from PyPI; T5X itself is not there, see docs/t5x.md
+	$(PY) -m pip install --disable-pip-version-check -q -e '.[t5x]'
+
+test-t5x: t5x-setup  ## the tests with T5X: T5X_PATH= and AIRIO_PATH= are clones
+	@PYTHONPATH="$(abspath $(T5X_PATH)):$(abspath $(AIRIO_PATH)):$$PYTHONPATH" $(PY) -m pytest -n 1 tests/t5x
 
 lint: $(READY)  ## ruff check and ruff format --check
 	@$(VENV)/bin/ruff check .

@@ -95,6 +95,24 @@ class Row:
         return self.method if self.trained else "frozen"
 
 
+def row_from_json(fields: Mapping[str, Any]) -> Row:
+    """The Row that `dataclasses.asdict` and JSON made these fields of."""
+
+    def restore(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return Interval(value["mean"], value["half"], tuple(value["values"]))
+
+    return Row(
+        **dict(fields)
+        | {
+            "seeds": tuple(fields["seeds"]),
+            "missing": {int(seed): reason for seed, reason in fields["missing"].items()},
+            "quality": {name: restore(value) for name, value in fields["quality"].items()},
+        }
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class _Results:
     """The finished runs of a method: seed -> evaluation, and seed -> summary."""

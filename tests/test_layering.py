@@ -21,8 +21,14 @@ ALLOWED = {
     "models": GROUND | {"routing", "adapters"},
     "checkpoints": GROUND | {"adapters", "models"},
     "training": GROUND | {"routing", "adapters", "models", "checkpoints"},
+    "t5x_integration": GROUND | {"routing", "adapters", "models", "checkpoints", "training"},
 }
-HEAVY = {"seqio", "tensorflow", "tensorflow_datasets", "clu", "tensorboard", "t5", "torch"}
+HEAVY = {"seqio", "tensorflow", "tensorflow_datasets", "clu", "tensorboard", "t5", "t5x", "torch"}
+# The optional engine, which brings TensorFlow with it: one package, whose modules need it but for these, and its scripts.
+T5X = "sira_jax/t5x_integration/"
+WITHOUT_T5X = {f"{T5X}{name}.py" for name in ("__init__", "compat", "rows")}
+T5X_SCRIPTS = {f"scripts/t5x_{name}.py" for name in ("export", "launch", "tasks")}
+OPTIONAL = {"gin"}
 
 
 def imports(path):
@@ -91,14 +97,29 @@ def test_only_tasks_and_the_log_use_tensorflows_world(package):
         for name, at_import in imports(path):
             if name.split(".")[0] not in HEAVY:
                 continue
-            if relative(path) == "sira_jax/training/logging.py":
+            if relative(path).startswith(T5X):
+                assert relative(path) not in WITHOUT_T5X or not at_import, name
+            elif relative(path) in T5X_SCRIPTS:
+                continue
+            elif relative(path) == "sira_jax/training/logging.py":
                 assert name.startswith("clu.")
                 assert not at_import
             else:
                 assert package == "tasks", f"{relative(path)} imports {name}"
 
 
-@pytest.mark.parametrize("package", ["models", "training", "checkpoints", "routing"])
+@pytest.mark.parametrize("package", ["sira_jax", "configs", "scripts", "tasks"])
+def test_only_the_t5x_integration_imports_t5x(package):
+    for path in files(package):
+        for name, _ in imports(path):
+            if name.split(".")[0] == "t5x":
+                # By the one function that says what is missing.
+                assert relative(path) == f"{T5X}engine.py" or relative(path) in T5X_SCRIPTS, name
+
+
+@pytest.mark.parametrize(
+    "package", ["models", "training", "checkpoints", "routing", "t5x_integration"]
+)
 def test_no_package_but_adapters_asks_for_a_method(package):
     """Methods reach the block and the step through hooks: their names and classes stand nowhere else."""
     names = {f'"{name}"' for name in METHODS} | {f"'{name}'" for name in METHODS}
@@ -124,6 +145,7 @@ def test_importing_the_whole_library_brings_no_tensorflow():
     modules = [
         relative(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         for path in LIBRARY
+        if not relative(path).startswith(T5X) or relative(path) in WITHOUT_T5X
     ]
     program = f"""
 import importlib, sys
@@ -183,7 +205,9 @@ def test_what_the_code_imports_is_required():
         for path in files(package):
             for name, at_import in imports(path):
                 top = name.split(".")[0]
-                if top not in known:
+                if top in {"t5x", *OPTIONAL}:
+                    assert relative(path).startswith(T5X) or relative(path) in T5X_SCRIPTS, name
+                elif top not in known:
                     allowed = required if at_import else required | in_functions
                     assert named_otherwise.get(top, top).lower() in allowed, (
                         f"{relative(path)} imports {name}"
