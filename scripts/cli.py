@@ -120,6 +120,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _config_path(argv: list[str]) -> str | None:
     """What --config is given, as --config=FILE or --config FILE; None without it."""
+    # Without arguments the second list is the longer one.
     for argument, following in zip(argv[1:], [*argv[2:], None], strict=False):
         if match := re.fullmatch(r"--?config(=(.*))?", argument, re.DOTALL):
             return match[2] if match[1] else following
