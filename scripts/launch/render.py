@@ -16,11 +16,10 @@ from ml_collections import config_flags
 from scripts.cli import run_main
 from scripts.launch.check_files import check_files
 from scripts.launch.config import make_launch
+from scripts.launch.script import START
 from scripts.launch.targets import TARGETS
 from sira_jax.errors import ConfigError
 from sira_jax.files import write_text
-
-START = "submit.sh"
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The launch, a file in configs/launch/.")
 TARGET = flags.DEFINE_enum("target", None, list(TARGETS), f"One of {', '.join(TARGETS)}.")

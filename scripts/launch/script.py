@@ -5,6 +5,9 @@ A rendered script is a head that sets variables, each quoted, and such a body, w
 
 from pathlib import Path
 
+# The file that starts a launch, whatever the target.
+START = "submit.sh"
+
 _FOLDER = Path(__file__).parent / "bodies"
 RENDERED = "Rendered by scripts/launch/render.py: change the config and render again."
 

@@ -10,7 +10,7 @@ import pytest
 from configs.launch import starter, sweep
 from scripts.launch.check_files import check_files
 from scripts.launch.config import make_launch
-from scripts.launch.render import START
+from scripts.launch.script import START
 from scripts.launch.targets import TARGETS
 from tests.scripts.launch import launches
 

@@ -4,9 +4,8 @@ import types
 
 import pytest
 from absl import flags
-from absl.testing import flagsaver
 
-from scripts import train
+from tests.scripts.flagged import imported
 
 
 @pytest.mark.parametrize(
@@ -19,10 +18,10 @@ from scripts import train
 )
 def test_exit_status(monkeypatch, capsys, outcome, arguments, status):
     experiment = types.SimpleNamespace(adapter="an adapter")
-    monkeypatch.setattr(train.assemble, "read_experiment", lambda *_: experiment)
-    monkeypatch.setattr(train.assemble, "Plan", lambda _: "a plan")
-    monkeypatch.setattr(train, "train", lambda *_, **__: outcome)
-    with flagsaver.flagsaver():
+    with imported("train") as train:
+        monkeypatch.setattr(train.assemble, "read_experiment", lambda *_: experiment)
+        monkeypatch.setattr(train.assemble, "Plan", lambda _: "a plan")
+        monkeypatch.setattr(train, "train", lambda *_, **__: outcome)
         flags.FLAGS(["train.py", "--workdir=a", *arguments])
         assert train.main([]) == status
     assert ("saving" in capsys.readouterr().out) == (outcome != "done")
