@@ -195,6 +195,7 @@ def test_what_the_code_imports_is_required():
         "ml_dtypes": "ml-dtypes",
         "orbax": "orbax-checkpoint",
         "PIL": "pillow",
+        "rouge_score": "rouge-score",
     }
     config = project()["project"]
     required = {line.split(">")[0].lower() for line in config["dependencies"]}
