@@ -14,7 +14,7 @@ import seqio
 import tensorflow as tf
 
 from sira_jax.errors import DataError
-from tasks import bfcl, cldr, specs  # noqa: F401 - bfcl and cldr define their tasks on import
+from tasks import specs
 from tasks.metrics import METRICS
 from tasks.preprocessors import FEATURES, seqio_render_prompts
 from tasks.templates import PromptTemplate
@@ -34,6 +34,21 @@ def _dataset_fn(spec: specs.TaskSpec) -> Callable[..., tf.data.Dataset]:
         return tf.data.Dataset.from_tensor_slices(columns)
 
     return dataset_fn
+
+
+class _Source(seqio.FunctionDataSource):
+    """The examples of a task, whose sizes, where not declared, are counted when seqio asks and not before."""
+
+    def __init__(self, spec: specs.TaskSpec):
+        super().__init__(_dataset_fn(spec), splits=tuple(spec.sizes))
+        self._spec = spec
+        self._sizes: dict[str, int] = {}
+
+    def num_input_examples(self, split: str) -> int:
+        """Raises DataError for a split the task has not, and where a file it must count is missing."""
+        if split not in self._sizes:
+            self._sizes[split] = self._spec.size(split)
+        return self._sizes[split]
 
 
 def _metric_fn(name: str) -> Callable[..., dict[str, float]]:
@@ -65,9 +80,6 @@ def _make_task(
     name: str,
     inputs_eos: bool = False,
 ) -> seqio.Task:
-    source = seqio.FunctionDataSource(
-        _dataset_fn(spec), splits=tuple(spec.sizes), num_input_examples=dict(spec.sizes)
-    )
     preprocessors = [
         *([] if template is None else [seqio_render_prompts(template)]),
         seqio.preprocessors.tokenize,
@@ -76,7 +88,7 @@ def _make_task(
     ]
     return seqio.Task(
         name,
-        source,
+        _Source(spec),
         output_features={
             "inputs": seqio.Feature(vocabulary, add_eos=inputs_eos, dtype=tf.int32),
             "targets": seqio.Feature(vocabulary, add_eos=True, dtype=tf.int32),

@@ -196,6 +196,7 @@ def test_what_the_code_imports_is_required():
         "orbax": "orbax-checkpoint",
         "PIL": "pillow",
         "yaml": "pyyaml",
+        "rouge_score": "rouge-score",
     }
     config = project()["project"]
     required = {line.split(">")[0].lower() for line in config["dependencies"]}
