@@ -23,8 +23,10 @@ from pathlib import Path
 from absl import flags
 
 from scripts import sweep_jobs
+from scripts.arguments import parse_value
 from scripts.cli import run_main
 from scripts.compare_runs import Stopped, duration
+from scripts.sweep_choice import choose, read_chosen
 from scripts.sweep_plan import Sweep, SweepRun, check_runs, load_sweep, read_sweep, save_sweep
 from scripts.sweep_queue import STATES, Status, status_of, work
 from scripts.sweep_table import write_results
@@ -39,6 +41,11 @@ WORKERS = flags.DEFINE_integer("workers", 1, "Runs at once on this machine.", lo
 ONLY = flags.DEFINE_list("only", [], "Names of the runs to do; default: all.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only print the runs and where each is.")
 STATUS = flags.DEFINE_bool("status", False, "Only print where each run of --workdir is.")
+SET = flags.DEFINE_multi_string("set", [], "FIELD=VALUE for all runs, FIELD dotted; repeatable.")
+CHOOSE = flags.DEFINE_string(
+    "choose", None, "When all is done, write each method's best setting by this measure."
+)
+CHOSEN = flags.DEFINE_string("chosen", None, "A chosen.json: settings of methods for these runs.")
 JOBS = flags.DEFINE_enum(
     "jobs", None, sweep_jobs.TARGETS, "Only write the runs that are not done as a job array."
 )
@@ -61,7 +68,7 @@ def main(argv: list[str]) -> int:
     workdir = Path(WORKDIR.value)
     if QUEUE.value:
         return _work(_chosen(load_sweep(workdir)), workdir, QUEUE.value)
-    sweep = read_sweep(SWEEP.value, workdir) if SWEEP.value else load_sweep(workdir)
+    sweep = _read_sweep(workdir)
     runs = _chosen(sweep)
     if DRY_RUN.value or STATUS.value:
         print(format_status(sweep, runs))
@@ -74,7 +81,24 @@ def main(argv: list[str]) -> int:
     save_sweep(workdir, sweep)
     status = run_queue(runs, workdir, WORKERS.value)
     print(f"{format_counts(runs)}; table: {write_results(workdir, sweep.runs)}")
+    if CHOOSE.value and status == 0:
+        print(f"best settings: {choose(workdir, sweep.runs, CHOOSE.value)}")
     return status
+
+
+def _read_sweep(workdir: Path) -> Sweep:
+    if not SWEEP.value:
+        if SET.value or CHOSEN.value:
+            raise ConfigError("--set and --chosen need --sweep=FILE, whose runs they change")
+        return load_sweep(workdir)
+    common = {}
+    for item in SET.value:
+        field, equals, text = item.partition("=")
+        if not equals or "." not in field:
+            raise ConfigError(f"--set={item}: write SECTION.FIELD=VALUE")
+        common[field] = parse_value(text)
+    chosen = read_chosen(CHOSEN.value) if CHOSEN.value else {}
+    return read_sweep(SWEEP.value, workdir, common, chosen)
 
 
 def run_queue(runs: Sequence[SweepRun], workdir: Path, workers: int) -> int:

@@ -54,8 +54,19 @@ class Sweep:
     same: Mapping[str, str]
 
 
-def read_sweep(source: str, workdir: Path) -> Sweep:
+def read_sweep(
+    source: str,
+    workdir: Path,
+    common: Mapping[str, Any] | None = None,
+    chosen: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Sweep:
     """The sweep of FILE or FILE:ARGUMENT, whose experiments are valid; models and tasks are not looked at.
+
+    Args:
+      source: the file, and what its get_sweep takes.
+      workdir: the sweep's directory.
+      common: dotted field -> value for all runs, whatever they say themselves.
+      chosen: method -> dotted field -> value for its runs, where they do not say themselves.
 
     Raises:
       ConfigError: the file is missing or wrong, or a run has a field, value or name that is not allowed.
@@ -72,7 +83,8 @@ def read_sweep(source: str, workdir: Path) -> Sweep:
     same: dict[str, str] = {}
     known: dict[str, str] = {}
     for number, entry in enumerate(entries):
-        run = _make_run(entry, module.get("CONFIG"), workdir, f"--sweep={source}, run {number}")
+        what = f"--sweep={source}, run {number}"
+        run = _make_run(entry, module.get("CONFIG"), workdir, what, common or {}, chosen or {})
         if run.label in {r.label for r in runs} | set(same):
             raise ConfigError(f"--sweep={source}: the name {run.label!r} is given to two runs")
         key = _identity(run.experiment)
@@ -201,7 +213,14 @@ def _located(what: str, path: str, error: Exception) -> str:
     return f"{what}{where}: {type(error).__name__}: {error}"
 
 
-def _make_run(entry: Any, default: str | None, workdir: Path, what: str) -> SweepRun:
+def _make_run(
+    entry: Any,
+    default: str | None,
+    workdir: Path,
+    what: str,
+    common: Mapping[str, Any],
+    chosen: Mapping[str, Mapping[str, Any]],
+) -> SweepRun:
     if not isinstance(entry, Mapping) or not all(isinstance(key, str) for key in entry):
         raise ConfigError(f"{what}: {entry!r} is not allowed: a dictionary of dotted fields")
     overrides = dict(entry)
@@ -220,6 +239,7 @@ def _make_run(entry: Any, default: str | None, workdir: Path, what: str) -> Swee
     if not callable(get_config):
         raise ConfigError(f"{what}: {CONFIG_KEY}={config}: needs a function get_config")
     filled = _call(get_config, [argument] if colon else [], f"{what}: {CONFIG_KEY}={config}", path)
+    overrides = {**chosen.get(filled.adapter.get("method"), {}), **overrides, **common}
     _override(filled, overrides, what)
     # As JSON has it: what is read back later is the same.
     overrides = json.loads(json.dumps(overrides))

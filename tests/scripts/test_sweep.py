@@ -13,6 +13,7 @@ import pytest
 
 from configs.sweeps.space import grid, log_uniform, product, random_search, uniform
 from scripts import sweep_jobs, sweep_plan, sweep_queue
+from scripts.sweep_choice import choose, read_chosen
 from scripts.sweep_plan import load_sweep, read_sweep, save_sweep
 from scripts.sweep_queue import status_of, work
 from scripts.sweep_table import write_results
@@ -218,6 +219,41 @@ def test_the_lock_lives_as_long_as_the_training(sweep_file, tmp_path, monkeypatc
         if status_of(run).state == "stopped":
             break
     assert status_of(run).state == "stopped"
+
+
+def test_fields_for_all_runs_and_for_methods(sweep_file, tmp_path):
+    path = sweep_file(
+        "return [{'name': 'a'}, {'name': 'b', 'adapter.rank': 3}, {'name': 'c', 'config': TINY}]"
+    )
+    chosen = {"sira": {"adapter.rank": 7, "optimizer.learning_rate": 0.5}}
+    runs = read_sweep(path, tmp_path, {"train.num_steps": 9}, chosen).runs
+    assert [run.experiment.adapter.rank for run in runs] == [7, 3, 4]
+    assert [run.experiment.optimizer.learning_rate for run in runs] == [0.5, 0.5, 1e-3]
+    assert {run.experiment.train.num_steps for run in runs} == {9}
+
+
+def test_the_best_setting_of_each_method(sweep_file, tmp_path, monkeypatch):
+    use_fakes(monkeypatch, tmp_path / "fakes")
+    path = sweep_file(
+        'return [{"config": f"{TINY}:{m}", "adapter.rank": r, "train.seed": s + (r == 2)}'
+        ' for s in (0, 1) for m in ("lora", "sira") for r in (1, 2)]'
+    )
+    runs = read_sweep(path, tmp_path).runs
+    with pytest.raises(DataError, match=r"lora-rank=1-seed=0 was not run yet; all runs must be"):
+        choose(tmp_path, runs, "test/loss")
+    work(runs, tmp_path, "q")
+    # The loss is 1 + seed, one more for sira: mean 1.5 and 2.5 of lora's ranks.
+    file = choose(tmp_path, runs, "test/loss")
+    lora = json.loads(file.read_text())["methods"]["lora"]
+    assert lora["overrides"] == {"adapter.rank": 1}
+    assert lora["tried"] == {'{"adapter.rank": 1}': 1.5, '{"adapter.rank": 2}': 2.5}
+    assert read_chosen(file) == {"lora": {"adapter.rank": 1}, "sira": {"adapter.rank": 1}}
+    # The exact match is ten times the loss, and more is better.
+    assert read_chosen(choose(tmp_path, runs, "exact_match"))["sira"] == {"adapter.rank": 2}
+    with pytest.raises(DataError, match=r"--choose=chrf: .* has None; it has test/loss"):
+        choose(tmp_path, runs, "chrf")
+    with pytest.raises(ConfigError, match=r"--chosen=.*calls\.txt: is no chosen\.json"):
+        read_chosen(tmp_path / "fakes" / "calls.txt")
 
 
 def test_results_are_one_line_a_run(sweep_file, tmp_path, monkeypatch):
