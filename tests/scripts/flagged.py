@@ -11,13 +11,21 @@ from absl import flags
 
 @contextlib.contextmanager
 def imported(name: str) -> Iterator[ModuleType]:
-    """The module scripts.NAME, whose flags are gone afterwards: other scripts' have the same names."""
-    before = set(flags.FLAGS)
-    module = importlib.import_module(f"scripts.{name}")
+    """The module scripts.NAME, imported anew, with its flags and without those of other scripts, which have the same names."""
+    known = flags.FLAGS._flags()
+    before = dict(known)
+    for flag in before:
+        if (flags.FLAGS.find_module_defining_flag(flag) or "").startswith("scripts."):
+            del known[flag]
+    loaded = sys.modules.pop(f"scripts.{name}", None)
     try:
-        yield module
+        yield importlib.import_module(f"scripts.{name}")
     finally:
-        for flag in set(flags.FLAGS) - before:
+        for flag in set(flags.FLAGS) - set(before):
             delattr(flags.FLAGS, flag)
+        known.clear()
+        known.update(before)
         flags.FLAGS.unparse_flags()
-        del sys.modules[f"scripts.{name}"]
+        sys.modules.pop(f"scripts.{name}", None)
+        if loaded is not None:
+            sys.modules[f"scripts.{name}"] = loaded

@@ -7,13 +7,14 @@ import re
 
 import pytest
 
-from scripts import make_tables, table_cells
+from scripts import table_cells
 from scripts.table_cells import find_trials, make_grid, score_by, variant_labels
 from scripts.table_formats import latex, to_latex, to_table
 from scripts.table_tests import holm, p_value, paired_tests
 from sira_jax.errors import DataError
 from tests.scripts.adapter_runs import make_runner
 from tests.scripts.comparisons import experiment
+from tests.scripts.flagged import imported
 from tests.scripts.table_runs import make_trial
 
 DATE = {"cldr_date_sw": 40.0}
@@ -23,6 +24,12 @@ SEEDS = (0, 1, 2)
 
 def shifted(scores, by):
     return {task: value + by for task, value in scores.items()}
+
+
+@pytest.fixture
+def make_tables():
+    with imported("make_tables") as module:
+        yield module
 
 
 @pytest.fixture
@@ -150,7 +157,7 @@ def test_mixtures_are_cut_by_language_and_by_task(tmp_path, monkeypatch, capsys,
         assert float(cells["sira", column]["mean"]) == pytest.approx(value + gains.get(column, 0.0))
 
 
-def test_the_seeds_of_a_cell_differ_in_nothing_else(tmp_path):
+def test_the_seeds_of_a_cell_differ_in_nothing_else(tmp_path, make_tables):
     make_trial(tmp_path / "a", "lora", 0, DATE)
     make_trial(tmp_path / "b", "lora", 1, DATE, optimizer={"learning_rate": 0.5})
     with pytest.raises(
@@ -159,7 +166,7 @@ def test_the_seeds_of_a_cell_differ_in_nothing_else(tmp_path):
         make_tables._tables(find_trials([tmp_path]), "single")
 
 
-def test_a_seed_counts_once(tmp_path):
+def test_a_seed_counts_once(tmp_path, make_tables):
     make_trial(tmp_path / "a", "lora", 0, DATE)
     make_trial(tmp_path / "b", "lora", 0, DATE, train={"log_every": 3})
     with pytest.raises(DataError, match=r"have the same seed 0: leave one out"):
@@ -175,7 +182,7 @@ def test_variants_of_a_method_are_rows(tmp_path):
     assert {label(trial) for trial in trials} == {"lora", "sira (rank=2)", "sira (rank=4)"}
 
 
-def test_ablations(tmp_path, monkeypatch, capsys):
+def test_ablations(tmp_path, monkeypatch, capsys, make_tables):
     root = tmp_path / "runs"
     make_trial(root / "base", "none", 0, DATE)
     for seed in SEEDS:
@@ -261,7 +268,7 @@ def test_latex_escapes():
     assert latex("-1.5 and cldr-date") == "$-$1.5 and cldr-date"
 
 
-def test_latex_rows_are_whole(single):
+def test_latex_rows_are_whole(single, make_tables):
     trials = find_trials([single / "date"])
     (_, grids, _), *_ = make_tables._tables(trials, "single")
     lines = to_latex(to_table(grids[0]), "c").splitlines()
