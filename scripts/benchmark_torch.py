@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
 
 from scripts import torch_sides
 from scripts.cli import run_main
 from scripts.table import format_rows
 from scripts.timed_step import take_turns
-from scripts.torch_process import TorchProcess, TorchSide, torch_process
+from scripts.torch_process import TorchSide, torch_process
 from sira_jax.checkpoints import load_base_model
 from sira_jax.errors import check
 from sira_jax.models import DecoderConfig
@@ -79,12 +80,8 @@ def main(argv: list[str]) -> None:
 
 def _step(comparison: torch_sides.Comparison, folder: Path) -> tuple[list[dict], dict[str, str]]:
     heads = HEADS.value
-    check(
-        EMB.value % (2 * heads) == 0,
-        "--emb_dim",
-        EMB.value,
-        f"a multiple of twice --num_heads={heads}",
-    )
+    allowed = f"a multiple of twice --num_heads={heads}"
+    check(EMB.value % (2 * heads) == 0, "--emb_dim", EMB.value, allowed)
     config = DecoderConfig(
         vocab_size=VOCAB.value,
         emb_dim=EMB.value,
@@ -99,17 +96,17 @@ def _step(comparison: torch_sides.Comparison, folder: Path) -> tuple[list[dict],
     spec = torch_sides.write_inputs(folder, config, frozen, batch, comparison.theirs, kind="step")
     with torch_process(PYTHON.value, spec) as process:
         ours = torch_sides.step_sides(config, comparison.ours, frozen, batch)
-        seconds, theirs = _turns(ours, process, comparison)
-        losses = {name: float(side.first_metrics["loss"]) for name, side in ours.items()}
-        losses |= {name: side.first["loss"] for name, side in theirs.items()}
-        if max(losses.values()) - min(losses.values()) > torch_sides.LOSS_TOLERANCE:
-            raise RuntimeError(f"the sides do not compute the same: losses {losses}")
-        rows = _rows(seconds, comparison.reference, BATCH.value * LENGTH.value)
-        for row in rows:
-            side = ours.get(row["side"])
-            row["loss"] = losses[row["side"]]
-            row["temp_mib"] = side.scratch_bytes / 2**20 if side and side.scratch_bytes else None
-        return rows, process.versions
+        theirs = {name: TorchSide(process, name) for name in comparison.theirs}
+        rows = _measure({**theirs, **ours}, comparison.reference, BATCH.value * LENGTH.value)
+    losses = {name: side.answers[0]["loss"] for name, side in theirs.items()}
+    losses |= {name: float(side.first_metrics["loss"]) for name, side in ours.items()}
+    if not max(losses.values()) - min(losses.values()) <= torch_sides.LOSS_TOLERANCE:
+        raise RuntimeError(f"the sides do not compute the same: first losses {losses}")
+    for row in rows:
+        row["loss"] = losses[row["side"]]
+        scratch = ours[row["side"]].scratch_bytes if row["side"] in ours else None
+        row["temp_mib"] = None if scratch is None else scratch / 2**20
+    return rows, process.versions
 
 
 def _decode(comparison: torch_sides.Comparison, folder: Path) -> tuple[list[dict], dict[str, str]]:
@@ -120,58 +117,51 @@ def _decode(comparison: torch_sides.Comparison, folder: Path) -> tuple[list[dict
         config = preset("smollm2-135m")
         frozen = torch_sides.random_base(config)
     longest = config.max_positions - NEW_TOKENS.value
-    check(PROMPT_LENGTH.value <= longest, "--prompt_length", PROMPT_LENGTH.value, f"up to {longest}")
-    batch = torch_sides.random_batch(config.vocab_size, BATCH.value, PROMPT_LENGTH.value)
+    length = PROMPT_LENGTH.value
+    check(length <= longest, "--prompt_length", length, f"at most {longest}")
+    batch = torch_sides.random_batch(config.vocab_size, BATCH.value, length)
     prompts_BT = jax.device_get(batch["decoder_input_tokens"])
-    spec = torch_sides.write_inputs(
-        folder,
-        config,
-        frozen,
-        batch,
-        comparison.theirs,
-        kind="decode",
-        new_tokens=NEW_TOKENS.value,
-    )
+    options = {"kind": "decode", "new_tokens": NEW_TOKENS.value}
+    spec = torch_sides.write_inputs(folder, config, frozen, batch, comparison.theirs, **options)
     with torch_process(PYTHON.value, spec) as process:
         ours = {
             name: torch_sides.Decoding(config, adapter, frozen, prompts_BT, NEW_TOKENS.value)
             for name, adapter in comparison.ours.items()
         }
-        seconds, theirs = _turns(ours, process, comparison)
-        expected = theirs[comparison.reference].first["tokens"]
-        rows = _rows(seconds, comparison.reference, BATCH.value * NEW_TOKENS.value)
-        for row in rows:
-            tokens = (ours | theirs)[row["side"]].first["tokens"]
-            pairs = [
-                pair for own, one in zip(tokens, expected, strict=True) for pair in zip(own, one, strict=True)
-            ]
-            row["same_tokens"] = sum(own == one for own, one in pairs) / len(pairs)
-        return rows, process.versions
+        theirs = {name: TorchSide(process, name) for name in comparison.theirs}
+        rows = _measure({**theirs, **ours}, comparison.reference, BATCH.value * NEW_TOKENS.value)
+    tokens = {name: side.answers[-1]["tokens"] for name, side in theirs.items()}
+    tokens |= {name: side.tokens for name, side in ours.items()}
+    expected = np.asarray(tokens[comparison.reference])
+    for row in rows:
+        row["same_tokens"] = float(np.mean(np.asarray(tokens[row["side"]]) == expected))
+    return rows, process.versions
 
 
-def _turns(
-    ours: Mapping[str, Any], process: TorchProcess, comparison: torch_sides.Comparison
-) -> tuple[dict[str, list[float]], dict[str, TorchSide]]:
-    theirs = {name: TorchSide(process, name) for name in comparison.theirs}
-    return take_turns({**theirs, **ours}, REPEATS.value), theirs
-
-
-def _rows(seconds: Mapping[str, list[float]], reference: str, tokens: int) -> list[dict]:
+def _measure(sides: Mapping[str, Any], reference: str, tokens: int) -> list[dict]:
+    """A row for each side; the ratios are to `reference` in the same round."""
+    repeats = REPEATS.value
+    seconds = take_turns(sides, repeats)
+    cpu_seconds = {name: side.cpu_seconds[-repeats:] for name, side in sides.items()}
     rows = []
     for name, own in seconds.items():
-        ratios = [a / b for a, b in zip(own, seconds[reference], strict=True)]
+        median = statistics.median(own)
         rows.append(
             {
                 "side": name,
-                "median_s": statistics.median(own),
+                "median_s": median,
                 "min_s": min(own),
-                "tokens_per_s": tokens / statistics.median(own),
-                f"vs_{reference}": statistics.median(ratios),
-                "min_ratio": min(ratios),
-                "max_ratio": max(ratios),
+                "cpu_s": statistics.median(cpu_seconds[name]),
+                "tokens_per_s": tokens / median,
+                f"vs_{reference}": _ratio(own, seconds[reference]),
+                "cpu_ratio": _ratio(cpu_seconds[name], cpu_seconds[reference]),
             }
         )
     return rows
+
+
+def _ratio(own: list[float], other: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(own, other, strict=True))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ _WORKER = Path(__file__).with_name("torch_worker.py")
 # Thread pools spin for some milliseconds after their last work; neither side is to pay for the other's.
 _PAUSE_SECONDS = 0.05
 _ENVIRONMENT = {
+    # Waiting threads sleep, so that none takes a core from the other side, and a busy machine does not slow every barrier.
+    "OMP_WAIT_POLICY": "passive",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -41,11 +43,9 @@ class TorchProcess:
 
     def ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to one line. RuntimeError if the worker has ended; what it died of is on standard error."""
-        try:
+        with contextlib.suppress(BrokenPipeError):  # then there is no answer either
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # then there is no answer either
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"the PyTorch process ended with status {self._process.wait()}")
@@ -56,19 +56,24 @@ class TorchSide:
     """One side of a worker, for `timed_step.take_turns`.
 
     Attributes:
-      first: the first answer.
+      answers: of all runs, in order.
     """
 
     def __init__(self, process: TorchProcess, name: str):
         self._process, self._name = process, name
-        self.first: dict[str, Any] | None = None
+        self.answers: list[dict[str, Any]] = []
+
+    @property
+    def cpu_seconds(self) -> list[float]:
+        """Of all threads of the worker, for each run."""
+        return [answer["cpu_seconds"] for answer in self.answers]
 
     def run(self) -> float:
-        """Seconds of one step or generation, measured in the worker."""
+        """The seconds of one step or generation, measured in the worker."""
         time.sleep(_PAUSE_SECONDS)
         answer = self._process.ask({"run": self._name})
         time.sleep(_PAUSE_SECONDS)
-        self.first = self.first or answer
+        self.answers.append(answer)
         return answer["seconds"]
 
 
@@ -89,14 +94,15 @@ def torch_process(python: str, spec: Mapping[str, Any]) -> Iterator[TorchProcess
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | _ENVIRONMENT,
+            env=_ENVIRONMENT | dict(os.environ),
         )
     except OSError as error:
         raise DependencyError(f"--torch_python={python}: {error.strerror}") from None
     try:
         yield TorchProcess(process, spec)
     finally:
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
         try:
             process.wait(timeout=10)
         except subprocess.TimeoutExpired:

@@ -75,9 +75,7 @@ def _theirs(config: AdapterConfig) -> dict[str, Any]:
 
 def random_base(config: DecoderConfig) -> Any:
     """Parameters of a frozen model as initialised."""
-    variables = jax.jit(make_model(config).init)(
-        jax.random.key(0), make_model(config).init_batch()
-    )
+    variables = jax.jit(make_model(config).init)(jax.random.key(0), make_model(config).init_batch())
     return nn.unbox(variables["params"])
 
 
@@ -96,7 +94,8 @@ class Decoding:
     """Our greedy decoding of prompts of equal length.
 
     Attributes:
-      first: {"tokens": rows} of the first run; None before it.
+      tokens: rows of generated tokens of the last run.
+      cpu_seconds: of all threads of the process, for each run.
     """
 
     def __init__(
@@ -112,14 +111,15 @@ class Decoding:
         self._params = merge_params(fresh, split_params(frozen)[1])
         self._prompts = prompts_BT.tolist()
         self._config = DecodeConfig(max_new_tokens=new_tokens, batch_size=len(self._prompts))
-        self.first: dict[str, Any] | None = None
+        self.tokens: list[list[int]] = []
+        self.cpu_seconds: list[float] = []
 
     def run(self) -> float:
         """Seconds from the prompts to the tokens."""
-        start = time.perf_counter()
-        tokens = generate(self._model, self._params, self._prompts, self._config)
+        start, cpu_start = time.perf_counter(), time.process_time()
+        self.tokens = generate(self._model, self._params, self._prompts, self._config)
         seconds = time.perf_counter() - start
-        self.first = self.first or {"tokens": tokens}
+        self.cpu_seconds.append(time.process_time() - cpu_start)
         return seconds
 
 

@@ -4,8 +4,8 @@ It imports nothing of this project, so that any interpreter with torch, transfor
 input is a JSON object, answered by one line on standard output:
 
   {"kind": "step" | "decode", "folder": ..., "arrays": ..., "sides": {name: {...}}, ...}   the first: {"versions": {...}}
-  {"run": name}                                                           one step: {"seconds": ..., "loss": ...} or
-                                                                          one generation: {"seconds": ..., "tokens": [[...]]}
+  {"run": name}                                                           one step or generation: {"seconds": ...,
+                                                                          "cpu_seconds": ..., "loss" or "tokens": ...}
 
 A missing package is answered by {"missing": name}. Between lines it waits for input and computes nothing.
 """
@@ -38,7 +38,8 @@ def main() -> None:
         try:
             importlib.import_module(package)
         except ModuleNotFoundError as error:
-            return answer(missing=error.name)
+            answer(missing=error.name)
+            return
     import torch
 
     torch.set_num_threads(spec["threads"])
@@ -48,10 +49,10 @@ def main() -> None:
     answer(versions={package: importlib.metadata.version(package) for package in needed})
     for line in sys.stdin:
         run = runs[json.loads(line)["run"]]
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         result = run()
-        seconds = time.perf_counter() - start
-        answer(seconds=seconds, **result())
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+        answer(seconds=seconds, cpu_seconds=cpu_seconds, **result())
 
 
 def _load(spec: Mapping[str, Any], side: Mapping[str, Any]) -> tuple[Any, list[Any]]:
