@@ -97,7 +97,7 @@ def initialize(timeout: int = 300) -> None:
 
 
 @contextlib.contextmanager
-def joined(patience: float, timeout: int = 300) -> Iterator[None]:
+def joined(patience: float = 60.0, timeout: int = 300) -> Iterator[None]:
     """Runs its body as one of several processes, which all end when one does before its time.
 
     A mistake of the user's (SiraError) ends the process with one line and status 2, another exception with its stack trace and

@@ -24,6 +24,7 @@ from sira_jax.training.partitioning import (
     BatchLayout,
     make_mesh,
     make_rules,
+    optimizer_shardings,
     param_shardings,
     placed,
     replicated,
@@ -109,22 +110,27 @@ def run(case):
         accumulation_steps=steps,
     )
     everywhere = replicated(mesh)
+    moments = optimizer_shardings(
+        jax.eval_shape(optimizer.init, adapter_tree),
+        adapter_tree,
+        split_params(shardings)[0],
+        mesh,
+    )
     state = TrainState(
         step=place(np.int32(0), everywhere),
         adapter=adapter_tree,
-        optimizer=jax.jit(optimizer.init)(adapter_tree),
+        optimizer=jax.jit(optimizer.init, out_shardings=moments)(adapter_tree),
     )
+    layouts = jax.tree.map(lambda x: x.sharding, state)
     layout = BatchLayout(mesh, ROWS, rules)
     compiled, history = None, []
     for batch in batches:
         local = {name: x[list(layout.rows)] for name, x in batch.items()}
         arguments = (state, frozen, layout.put(local))
         if compiled is None:
-            jitted = jax.jit(placed(step, mesh, rules), out_shardings=(None, everywhere))
+            jitted = jax.jit(placed(step, mesh, rules), out_shardings=(layouts, everywhere))
             compiled = jitted.lower(*arguments).compile()
-            layouts = compiled.input_shardings[0]
-        state, metrics = compiled(*jax.device_put(arguments, layouts))
-        state = jax.device_put(state, layouts[0])
+        state, metrics = compiled(*arguments)
         history.append({name: float(x) for name, x in metrics.items()})
     gradients = jax.jit(lambda x: x, out_shardings=everywhere)(state.optimizer[0].trace)
     arrays = {
