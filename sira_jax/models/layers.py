@@ -44,6 +44,15 @@ class RMSNorm(nn.Module):
         return normed.astype(x_BTD.dtype)
 
 
+def look_up(embedder: nn.Embed, tokens_BT: jax.Array) -> jax.Array:
+    """The embeddings (B, T, D) of token ids, as `embedder` itself gives them.
+
+    The table's width is gathered first where it is cut: looked up in a part, the embeddings of all devices' tokens would be.
+    """
+    table_VD = constrain(embedder.embedding.astype(embedder.dtype), "vocab", None)
+    return constrain(jnp.take(table_VD, tokens_BT, axis=0), "batch", None, None)
+
+
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
     """cap * tanh(x / cap), which lies between -cap and cap; x itself without a cap. arXiv 2408.00118, section 2."""
     return x if cap is None else cap * jnp.tanh(x / cap)

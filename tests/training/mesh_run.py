@@ -2,8 +2,8 @@
 
     python -m tests.training.mesh_run CASES.json OUT
 
-CASES is a list of {name, kind, mesh, adapter}. The directory OUT gets NAME.npz for each, with the metrics of both steps and the
-gradients of the second, and NAME.PROCESS.json with the collectives of the compiled step.
+CASES is a list of {name, kind, mesh, adapter}. The directory OUT gets NAME.npz for each, with the metrics and gradients
+of both steps, and NAME.PROCESS.json with the collectives of the compiled step.
 """
 
 import json
@@ -99,12 +99,12 @@ def run(case):
     shardings = param_shardings(abstract_params(model), mesh, rules)
     adapter_tree, frozen = split_params(place(params, shardings))
     # The trace without decay is the last gradient.
-    optimizer = optax.chain(optax.trace(decay=0.0), optax.scale(-0.3))
+    optimizer = optax.chain(optax.trace(decay=0.0), optax.scale(-0.01))
     steps = case.get("accumulation_steps", 1)
     step = make_train_step(
         model,
         optimizer,
-        optax.constant_schedule(0.3),
+        optax.constant_schedule(0.01),
         seed=3,
         num_steps=STEPS,
         accumulation_steps=steps,
@@ -123,7 +123,7 @@ def run(case):
     )
     layouts = jax.tree.map(lambda x: x.sharding, state)
     layout = BatchLayout(mesh, ROWS, rules)
-    compiled, history = None, []
+    compiled, history, arrays = None, [], {}
     for batch in batches:
         local = {name: x[list(layout.rows)] for name, x in batch.items()}
         arguments = (state, frozen, layout.put(local))
@@ -131,12 +131,11 @@ def run(case):
             jitted = jax.jit(placed(step, mesh, rules), out_shardings=(layouts, everywhere))
             compiled = jitted.lower(*arguments).compile()
         state, metrics = compiled(*arguments)
+        gradients = jax.jit(lambda x: x, out_shardings=everywhere)(state.optimizer[0].trace)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            arrays[f"gradient/{len(history)}/{name}"] = np.asarray(leaf)
         history.append({name: float(x) for name, x in metrics.items()})
-    gradients = jax.jit(lambda x: x, out_shardings=everywhere)(state.optimizer[0].trace)
-    arrays = {
-        "gradient/" + jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)
-    }
     arrays |= {f"metric/{name}": [entry[name] for entry in history] for name in history[0]}
     weights = [
         leaf.size // (leaf.shape[0] if leaf.ndim > 2 else 1) for leaf in jax.tree.leaves(frozen)
