@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from sira_jax.adapters import AdaptedDense, AdapterConfig, AdapterContext
 from sira_jax.models.rope import apply_rotary
+from sira_jax.placement import constrain
 
 ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": nn.gelu}
 
@@ -41,6 +42,15 @@ class RMSNorm(nn.Module):
         factor_D = 1.0 + scale_D if self.plus_one else scale_D
         normed = x32 * jax.lax.rsqrt(mean_square + self.epsilon) * factor_D
         return normed.astype(x_BTD.dtype)
+
+
+def look_up(embedder: nn.Embed, tokens_BT: jax.Array) -> jax.Array:
+    """The embeddings (B, T, D) of token ids, as `embedder` itself gives them.
+
+    The table's width is gathered first where it is cut: looked up in a part, the embeddings of all devices' tokens would be.
+    """
+    table_VD = constrain(embedder.embedding.astype(embedder.dtype), "vocab", None)
+    return constrain(jnp.take(table_VD, tokens_BT, axis=0), "batch", None, None)
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
@@ -136,7 +146,7 @@ class Attention(Projections):
 
         def project(name, count, axis):
             y = self.dense(name, count * width, ("embed", axis), use_bias=bias)(x_BTD, context)
-            return y.reshape(batch, length, count, width)
+            return constrain(y.reshape(batch, length, count, width), "batch", None, axis, None)
 
         q_BTHP = project("q", heads, "heads")
         k_BSKP = project("k", kv_heads, "kv_heads")
@@ -172,4 +182,5 @@ class MLP(Projections):
         gate_BTF = self.dense("gate", self.config.mlp_dim, axes)(x_BTD, context)
         up_BTF = self.dense("up", self.config.mlp_dim, axes)(x_BTD, context)
         hidden_BTF = ACTIVATIONS[self.config.activation](gate_BTF) * up_BTF
+        hidden_BTF = constrain(hidden_BTF, "batch", None, "mlp")
         return self.dense("down", self.config.emb_dim, axes[::-1])(hidden_BTF, context)

@@ -40,6 +40,7 @@ WRONG = {
     "model.param_dtype": ["int8"],
     "model.remat_policy": ["some", True],
     "model.scan_layers": [1, "yes", None],
+    "model.quantization": ["int3", None, 8],
     "data.tasks": [(), "", ("a", ""), ("a", 5), 5, None],
     "data.rates": ["even", None, ["equal"]],
     "data.temperature": [0.5, NAN, INFINITY, "2", True],
@@ -86,6 +87,7 @@ WRONG = {
     "mesh.fsdp": [0, True],
     "mesh.tensor": [-3],
     "mesh.expert": [None],
+    "mesh.rules": [3, {"width": "fsdp"}, {"embed": "model"}, (("embed",),)],
 }
 
 
