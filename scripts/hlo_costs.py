@@ -21,21 +21,24 @@ from collections.abc import Iterator
 from scripts.hlo_text import Array, Computation, Instruction, Module, leaves, trip_count
 
 # These take no time: names for what is there already, or the end of what `-start` began.
-_FREE = frozenset(
-    "parameter constant get-tuple-element tuple bitcast after-all partition-id replica-id optimization-barrier add-dependency"
-    " domain get-dimension-size all-gather-done all-reduce-done collective-permute-done async-done async-update copy-done"
-    " send-done recv-done".split()
-)
+_FREE_NAMES = """
+    parameter constant get-tuple-element tuple bitcast after-all partition-id replica-id optimization-barrier
+    add-dependency domain get-dimension-size all-gather-done all-reduce-done collective-permute-done async-done
+    async-update copy-done send-done recv-done
+"""
 # These move data and calculate nothing.
-_MOVES = _FREE | frozenset(
-    "broadcast reshape transpose copy copy-start concatenate slice dynamic-slice dynamic-update-slice gather iota pad reverse"
-    " all-gather all-gather-start all-to-all ragged-all-to-all collective-permute collective-permute-start"
-    " collective-broadcast custom-call bitcast-convert rng-bit-generator rng-get-and-update-state infeed outfeed send recv"
-    " scatter select-and-scatter while conditional call fusion async-start".split()
-)
-_TRANSCENDENTAL = frozenset(
-    "exponential exponential-minus-one log log-plus-one logistic tanh tan sine cosine sqrt rsqrt cbrt power atan2 erf".split()
-)
+_MOVE_NAMES = """
+    broadcast reshape transpose copy copy-start concatenate slice dynamic-slice dynamic-update-slice gather iota pad
+    reverse all-gather all-gather-start all-to-all ragged-all-to-all collective-permute collective-permute-start
+    collective-broadcast custom-call bitcast-convert rng-bit-generator rng-get-and-update-state infeed outfeed send recv
+    scatter select-and-scatter while conditional call fusion async-start
+"""
+_TRANSCENDENTAL_NAMES = """
+    exponential exponential-minus-one log log-plus-one logistic tanh tan sine cosine sqrt rsqrt cbrt power atan2 erf
+"""
+_FREE = frozenset(_FREE_NAMES.split())
+_MOVES = _FREE | frozenset(_MOVE_NAMES.split())
+_TRANSCENDENTAL = frozenset(_TRANSCENDENTAL_NAMES.split())
 _SLICES = ("dynamic-slice", "slice", "gather")
 # The custom calls of the compiler that only reserve memory or mark a place.
 _NO_TRAFFIC = ("AllocateBuffer", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape")
@@ -214,9 +217,7 @@ class Counter:
         read = sum(_main_bytes(a) for operand in distinct for a in leaves(operand.type))
         return read, sum(map(_main_bytes, results))
 
-    def _read_of_parameter(
-        self, inside: Computation, value: Instruction, in_main: bool
-    ) -> float:
+    def _read_of_parameter(self, inside: Computation, value: Instruction, in_main: bool) -> float:
         """What a fused computation reads of a parameter, or of a `bitcast` of one."""
         if not in_main:
             return 0
@@ -274,7 +275,7 @@ def dot_flops(module: Module, dot: Instruction) -> float:
 
 
 def convolution_flops(module: Module, convolution: Instruction) -> float:
-    """2 * multiplications of a convolution; places of the window that lie in the padding, or between dilated elements, are none.
+    """2 * multiplications of a convolution, without the window's places in the padding or between dilated elements.
 
     TPUs compute all products of matrices as convolutions, those of a batch with a window over the batch's axis.
     """
