@@ -46,6 +46,7 @@ def get_config() -> ConfigDict:
     config.model.param_dtype = "float32"  # Type the frozen base is held in.
     config.model.remat_policy = "none"  # none | full | dots | dots_no_batch: memory against time.
     config.model.scan_layers = True  # One compiled block for all layers.
+    config.model.quantization = "none"  # none | int8 | int4 | nf4, of the frozen projections.
 
     config.data = ConfigDict()
     config.data.tasks = ("cldr_all",)  # Tasks or mixtures; scripts/show_task.py --list names them.

@@ -17,7 +17,9 @@ import tasks
 from sira_jax.checkpoints import BaseModel, fingerprint, load_base_model, read_base_model
 from sira_jax.errors import CheckpointError, ConfigError, DataError, check
 from sira_jax.models import DecoderConfig, EncoderDecoderConfig, Model, make_model
+from sira_jax.quantized import check_available
 from sira_jax.training import loop, partitioning
+from sira_jax.training.axis_rules import Rules
 from sira_jax.training.config import ExperimentConfig, ModelSource, make_experiment
 from sira_jax.training.decoding import generate
 from sira_jax.training.evaluate import LossEvaluator
@@ -74,16 +76,23 @@ def find_model(path: str) -> str:
     return path
 
 
-def load_base(path: str, source: ModelSource, mesh: jax.sharding.Mesh) -> BaseModel:
+def load_base(
+    path: str, source: ModelSource, mesh: jax.sharding.Mesh, rules: Rules = partitioning.RULES
+) -> BaseModel:
     """The base model in a file or folder with its parameters, placed on the mesh; `source` says in which types."""
     options = source.options
     plain = make_model(read_base_model(path, **options).config)
-    shardings = partitioning.param_shardings(abstract_params(plain), mesh)
+    shardings = partitioning.param_shardings(abstract_params(plain), mesh, rules)
     by_path = {
         tuple(entry.key for entry in path): sharding
         for path, sharding in jax.tree_util.tree_leaves_with_path(shardings)
     }
-    return load_base_model(path, **options, sharding_fn=lambda path, shape: by_path[path])
+    return load_base_model(
+        path,
+        **options,
+        sharding_fn=lambda path, shape: by_path[path],
+        quantization=source.quantization,
+    )
 
 
 class Plan:
@@ -99,8 +108,10 @@ class Plan:
     def __init__(self, experiment: ExperimentConfig):
         self.experiment = experiment
         self.mesh = partitioning.make_mesh(experiment.mesh)
+        self.rules = partitioning.make_rules(experiment.mesh)
         data, train = experiment.data, experiment.train
-        partitioning.check_batch(self.mesh, data.batch_size, train.accumulation_steps)
+        partitioning.check_batch(self.mesh, data.batch_size, train.accumulation_steps, self.rules)
+        self.layout = partitioning.BatchLayout(self.mesh, data.batch_size, self.rules)
         members = [task.name for name in data.tasks for task in specs.members(name)[0]]
         measured = [f"validation/{metric}" for metric in ("loss", "accuracy")]
         by_task = [f"{metric}/{task}" for metric in measured for task in members]
@@ -110,6 +121,7 @@ class Plan:
             train.keep_best,
             f"empty, or {' or '.join(measured)}, with /TASK for one of several tasks",
         )
+        check_available(experiment.model.quantization)
         self.model_path = find_model(experiment.model.path)
         self.base = read_base_model(self.model_path, **experiment.model.options)
         self.vocabulary = _make_vocabulary(data.vocabulary, self.base)
@@ -151,7 +163,13 @@ class Plan:
             eos_token=self._token_text(self.vocabulary.eos_id),
         )
         if experiment.adapter is not None:
-            experiment.adapter.check_model(self.base.config.projections)
+            projections = self.base.config.projections
+            experiment.adapter.check_model(projections)
+            rows = data.batch_size // train.accumulation_steps
+            lengths = self.features.limits
+            partitioning.check_groups(
+                self.mesh, self.rules, experiment.adapter, projections, rows, lengths
+            )
 
     def _make_features(self) -> tasks.converters.FeatureConverter:
         """What makes the batches of this kind of model."""
@@ -179,7 +197,7 @@ class Plan:
 
     def load_base(self) -> BaseModel:
         """The base with its parameters, placed on the mesh."""
-        return load_base(self.model_path, self.experiment.model, self.mesh)
+        return load_base(self.model_path, self.experiment.model, self.mesh, self.rules)
 
     def load_tasks(
         self, split: str, limit: int = 0
@@ -211,7 +229,7 @@ class Plan:
     def pipeline(
         self, loaded: Sequence[tasks.TokenizedTask], rates: Sequence[float]
     ) -> tasks.InputPipeline:
-        """The endless stream of training batches."""
+        """The endless stream of training batches, this process's rows of each."""
         data = self.experiment.data
         return tasks.InputPipeline(
             loaded,
@@ -221,8 +239,7 @@ class Plan:
             seed=self.experiment.train.seed,
             pack=data.pack,
             too_long=data.too_long,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=self.layout.rows,
         )
 
     def loss_evaluator(
@@ -232,10 +249,18 @@ class Plan:
         batches = list(self.eval_batches(loaded))
         names = [task.name for task in loaded]
         chunk = self.experiment.train.loss_chunk_size
-        return LossEvaluator(model, frozen, batches, names, prefix=prefix, loss_chunk_size=chunk)
+        return LossEvaluator(
+            model,
+            frozen,
+            batches,
+            names,
+            prefix=prefix,
+            loss_chunk_size=chunk,
+            layout=self.layout,
+        )
 
     def eval_batches(self, loaded: Sequence[tasks.TokenizedTask]) -> Iterator[dict[str, Any]]:
-        """One pass over the examples of `loaded`, whose order gives the task ids."""
+        """One pass over the examples of `loaded`, whose order gives the task ids; this process's rows of each batch."""
         data = self.experiment.data
         return tasks.eval_batches(
             loaded,
@@ -243,6 +268,7 @@ class Plan:
             converter=self.features,
             pack=data.pack,
             too_long="error" if data.too_long == "error" else "truncate_inputs",
+            rows=self.layout.rows,
         )
 
     def decode(
@@ -319,6 +345,7 @@ def restore_adapter(
     frozen: Any,
     workdir: str,
     which: str,
+    rules: Rules = partitioning.RULES,
 ) -> tuple[Any, int]:
     """The adapter of a run directory and its step.
 
@@ -329,6 +356,7 @@ def restore_adapter(
       frozen: parameters of the base, whose fingerprint must be the run's.
       workdir: run directory.
       which: "best" (the newest where no evaluation was made), "latest", or a step.
+      rules: how it is placed, see `partitioning`.
 
     Raises:
       CheckpointError: there is none, it is damaged, or belongs to another base or another adapter.
@@ -358,7 +386,7 @@ def restore_adapter(
         meta = checkpointer.restore_meta(step)
         loop.check_adapter(meta["config"], experiment, where)
         loop.check_base(meta, fingerprint(frozen), where)
-        return checkpointer.restore_adapter(step, abstract_adapter(model, mesh)), step
+        return checkpointer.restore_adapter(step, abstract_adapter(model, mesh, rules)), step
     finally:
         checkpointer.close()
 

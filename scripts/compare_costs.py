@@ -89,11 +89,7 @@ def measure(
     """
     plan = assemble.Plan(specs[0].experiment)
     loaded, rates = plan.load_tasks("train", _EXAMPLES_PER_TASK)
-    sharding = partitioning.batch_sharding(plan.mesh)
-    batch = {
-        name: jax.make_array_from_process_local_data(sharding, value)
-        for name, value in plan.pipeline(loaded, rates).next_batch().items()
-    }
+    batch = plan.layout.put(plan.pipeline(loaded, rates).next_batch())
     frozen = split_params(plan.load_base().params)[1]
     names = [task.name for task in loaded]
     costs: dict[str, Costs] = {}

@@ -65,7 +65,7 @@ def evaluate(plan: assemble.Plan, workdir: str | None, checkpoint: str) -> dict:
     if checkpoint != "none" and plan.experiment.adapter is not None:
         model = plan.model(len(loaded))
         adapter, step = assemble.restore_adapter(
-            plan.experiment, plan.mesh, model, frozen, workdir or "", checkpoint
+            plan.experiment, plan.mesh, model, frozen, workdir or "", checkpoint, plan.rules
         )
     losses, report = plan.loss_evaluator(model, frozen, loaded, evaluation.split).run(adapter)
     scores, records = plan.decode_tasks(model, merge_params(adapter, frozen), loaded, "decode")

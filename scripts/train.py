@@ -5,8 +5,12 @@
 
 The run directory gets config.json, metrics.jsonl, tensorboard/, router.json and checkpoints/. Run the same command again to go
 on after a stop of any kind; the result is that of an unbroken run. SIGTERM and Ctrl-C save first.
+
+With --multihost this is one of several processes, which are all started with the same flags and see the same run directory;
+docs/scaling.md says how they find each other.
 """
 
+import contextlib
 import json
 import statistics
 from pathlib import Path
@@ -19,7 +23,7 @@ from scripts.cli import run_main
 from scripts.run_results import SUMMARY_FILE
 from sira_jax.errors import ConfigError
 from sira_jax.files import write_text
-from sira_jax.training import loop
+from sira_jax.training import loop, multihost
 from sira_jax.training.logging import read_metrics
 from sira_jax.training.train_state import count, count_trained, split_params
 
@@ -27,6 +31,13 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment, a Python file in configs/."
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
+MULTIHOST = flags.DEFINE_bool("multihost", False, "Run as one of several processes.")
+PATIENCE = flags.DEFINE_float(
+    "multihost_patience",
+    60.0,
+    "Seconds without a sign of life after which a process counts as lost and the others stop.",
+    lower_bound=3.0,
+)
 TENSORBOARD = flags.DEFINE_bool("tensorboard", True, "Write TensorBoard event files.")
 
 
@@ -38,9 +49,14 @@ def main(argv: list[str]) -> int:
     experiment = assemble.read_experiment(CONFIG.value, WORKDIR.value)
     if experiment.adapter is None:
         raise ConfigError("adapter.method='none' is not allowed: there is nothing to train")
-    plan = assemble.Plan(experiment)
-    outcome = train(plan, Path(WORKDIR.value), tensorboard=TENSORBOARD.value)
-    if outcome != "done":
+    together = contextlib.nullcontext()
+    if MULTIHOST.value:
+        together = multihost.joined(PATIENCE.value)
+    with together:
+        plan = assemble.Plan(experiment)
+        outcome = train(plan, Path(WORKDIR.value), tensorboard=TENSORBOARD.value)
+        is_main = multihost.is_main()
+    if outcome != "done" and is_main:
         print(f"stopped by {outcome} after saving; the same command goes on from there")
     return 0
 
@@ -51,8 +67,9 @@ def train(plan: assemble.Plan, workdir: Path, *, tensorboard: bool = True) -> st
     loaded, rates = plan.load_tasks("train")
     held_out, _ = plan.load_tasks("validation", experiment.evaluate.loss_examples_per_task)
     pipeline = plan.pipeline(loaded, rates)
+    is_main = multihost.is_main()
     for report in pipeline.reports:
-        if report.truncated or report.dropped:
+        if is_main and (report.truncated or report.dropped):
             print(report)
     base = plan.load_base()
     frozen = split_params(base.params)[1]
@@ -70,18 +87,20 @@ def train(plan: assemble.Plan, workdir: Path, *, tensorboard: bool = True) -> st
         tensorboard=tensorboard,
     )
     trained, total = count_trained(trainer.state.adapter), count(frozen)
-    print(
-        f"{experiment.adapter.method}: {trained:,} trained parameters, {trained / total:.2%} of the"
-        f" base's {total:,}; {len(loaded)} tasks, {sum(map(len, loaded)):,} examples"
-    )
+    if is_main:
+        print(
+            f"{experiment.adapter.method}: {trained:,} trained parameters, {trained / total:.2%} of the"
+            f" base's {total:,}; {len(loaded)} tasks, {sum(map(len, loaded)):,} examples"
+        )
     resumed_at_end = trainer.latest_step() == experiment.train.num_steps
     outcome = trainer.run()
     if outcome == "done" and not (resumed_at_end and (workdir / SUMMARY_FILE).exists()):
         _, report = evaluator.run(trainer.state.adapter)
-        if report:
+        if report and is_main:
             write_text(workdir / "router.json", json.dumps(report))
         # The last one: it says that the run is complete.
-        _write_summary(plan, workdir, trained, total)
+        if is_main:
+            _write_summary(plan, workdir, trained, total)
     return outcome
 
 

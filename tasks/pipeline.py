@@ -7,8 +7,8 @@ examples once. A batch takes the next examples of the stream in order, first-fit
 and ends before the first that fits nowhere; that one begins the next batch. Batches share no state
 but the place in the stream, so the state is a handful of counters.
 
-Several processes: the batch size is global and each process makes the same stream, writing only
-its own rows.
+Several processes: the batch size is global. Each process follows the same stream by the examples'
+lengths and builds only its own rows.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -81,37 +81,32 @@ def _check_settings(
     tasks: Sequence[TokenizedTask],
     batch_size: int,
     too_long: str,
-    process_index: int,
-    process_count: int,
+    rows: Sequence[int] | None,
 ) -> None:
     if not tasks:
         raise DataError("an input pipeline needs at least one task")
     check(batch_size >= 1, "batch_size", batch_size, "at least 1")
     check(too_long in TOO_LONG_POLICIES, "too_long", too_long, "/".join(TOO_LONG_POLICIES))
-    check(process_count >= 1, "process_count", process_count, "at least 1")
-    check(
-        batch_size % process_count == 0,
-        "batch_size",
-        batch_size,
-        f"a multiple of process_count={process_count}",
-    )
-    check(
-        0 <= process_index < process_count,
-        "process_index",
-        process_index,
-        f"0 to {process_count - 1}",
-    )
+    if rows is not None:
+        ascend = list(rows) == sorted(set(rows))
+        within = all(0 <= row < batch_size for row in rows)
+        check(
+            len(rows) > 0 and ascend and within,
+            "rows",
+            rows,
+            f"ascending ones of the {batch_size} of a batch",
+        )
 
 
 def _place(
-    items: Sequence[PlacedExample], rows: Sequence[int], first_row: int, num_rows: int
+    items: Sequence[PlacedExample], rows: Sequence[int], own_rows: Sequence[int]
 ) -> list[list[PlacedExample]]:
-    """The examples of rows [first_row, first_row + num_rows)."""
-    placed: list[list[PlacedExample]] = [[] for _ in range(num_rows)]
+    """The examples of each of `own_rows`; `rows` are those that the items are in."""
+    placed: dict[int, list[PlacedExample]] = {row: [] for row in own_rows}
     for item, row in zip(items, rows, strict=True):
-        if 0 <= row - first_row < num_rows:
-            placed[row - first_row].append(item)
-    return placed
+        if row in placed:
+            placed[row].append(item)
+    return list(placed.values())
 
 
 class InputPipeline:
@@ -127,8 +122,7 @@ class InputPipeline:
       shuffle: a new order each epoch; False keeps the tasks' own order (tasks are still drawn at
         random).
       too_long: "error", "drop" or "truncate_inputs", see `tasks.features.make_example`.
-      process_index, process_count: which rows this process writes: batch_size / process_count of
-        them.
+      rows: those of the global batch that this process makes, ascending; None for all.
 
     Attributes:
       reports: what the length limit did, a LengthReport for each task.
@@ -149,10 +143,9 @@ class InputPipeline:
         pack: bool = True,
         shuffle: bool = True,
         too_long: str = "error",
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Sequence[int] | None = None,
     ):
-        _check_settings(tasks, batch_size, too_long, process_index, process_count)
+        _check_settings(tasks, batch_size, too_long, rows)
         check(seed >= 0, "seed", seed, "0 or more")
         weights = np.asarray(rates, np.float64)
         check(weights.shape == (len(tasks),), "rates", rates, f"one for each of {len(tasks)} tasks")
@@ -165,8 +158,7 @@ class InputPipeline:
         self._edges = np.cumsum(weights / weights.sum())
         self._batch_size, self._converter, self._seed = batch_size, converter, seed
         self._pack, self._shuffle = pack, shuffle
-        self._num_rows = batch_size // process_count
-        self._first_row = process_index * self._num_rows
+        self._own_rows = range(batch_size) if rows is None else rows
         self._signature = {
             "tasks": [f"{task.name}/{task.split}" for task in tasks],
             "sizes": self._sizes,
@@ -224,7 +216,7 @@ class InputPipeline:
             index += 1
 
     def next_batch(self) -> dict[str, np.ndarray]:
-        """The next batch, the converter's features, each with B / process_count rows."""
+        """This process's rows of the next batch, the converter's features."""
         upcoming, taken = self._upcoming(), []
         if self._pack:
 
@@ -242,8 +234,7 @@ class InputPipeline:
             self._task_counts[item.task_id] += 1
         self._num_examples += len(items)
         self._num_batches += 1
-        placed = _place(items, rows, self._first_row, self._num_rows)
-        return self._converter.pack_rows(placed)
+        return self._converter.pack_rows(_place(items, rows, self._own_rows))
 
     def state(self) -> dict[str, Any]:
         """The place in the stream and what the stream hangs on, in values fit for JSON."""
@@ -300,20 +291,19 @@ def eval_batches(
     converter: FeatureConverter,
     pack: bool = True,
     too_long: str = "error",
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """One pass over all examples in their order, each once; rows left over at the end are padding.
 
     Args and raises: see InputPipeline; errors are raised at the call, before the first batch.
     """
-    _check_settings(tasks, batch_size, too_long, process_index, process_count)
+    _check_settings(tasks, batch_size, too_long, rows)
+    own_rows = range(batch_size) if rows is None else rows
     items = [
         PlacedExample(example, task_id)
         for task_id, task in enumerate(tasks)
         for example in _prepare(task, converter, too_long)[0]
     ]
-    num_rows = batch_size // process_count
     # An example takes a position or more on each side.
     most = batch_size * min(converter.limits)
 
@@ -323,12 +313,11 @@ def eval_batches(
             rest = items[start:] if not pack else items[start : start + most]
             if pack:
                 lengths = (converter.lengths(item.example) for item in rest)
-                rows = first_fit(lengths, batch_size, converter.limits)
+                filled = first_fit(lengths, batch_size, converter.limits)
             else:
-                rows = list(range(min(batch_size, len(rest))))
-            taken = items[start : start + len(rows)]
-            placed = _place(taken, rows, process_index * num_rows, num_rows)
-            yield converter.pack_rows(placed)
-            start += len(rows)
+                filled = list(range(min(batch_size, len(rest))))
+            taken = items[start : start + len(filled)]
+            yield converter.pack_rows(_place(taken, filled, own_rows))
+            start += len(filled)
 
     return batches()

@@ -12,10 +12,12 @@ from sira_jax.adapters import METHODS
 
 REPOSITORY = Path(__file__).parents[1]
 # What the modules of each package may import of sira_jax, besides their own package.
-GROUND = {"errors", "files"}
+GROUND = {"errors", "files", "placement", "quantized"}
 ALLOWED = {
     "errors": set(),
     "files": {"errors"},
+    "placement": set(),
+    "quantized": {"errors"},
     "routing": GROUND,
     "adapters": GROUND | {"routing"},
     "models": GROUND | {"routing", "adapters"},

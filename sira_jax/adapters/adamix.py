@@ -123,15 +123,15 @@ class AdaMix(nn.Module):
     ) -> jax.Array:
         """The frozen projection's output (B, T, F) plus one pair's low-rank term."""
         config = self.config
-        d_in, d_out = projection.shape
+        (d_in, d_out), (in_axis, out_axis) = projection.shape, projection.adapter_axes
         y_BTF = projection(x_BTD)
         experts, rank = config.num_experts, config.rank
         lora_a_EDR = self.param(
             "lora_a",
-            nn.with_logical_partitioning(equal_experts_init, ("expert", "adapter_in", "rank")),
+            nn.with_logical_partitioning(equal_experts_init, ("expert", in_axis, "rank")),
             (experts, d_in, rank),
         )
-        b_shape, b_axes = (rank, d_out), ("rank", "adapter_out")
+        b_shape, b_axes = (rank, d_out), ("rank", out_axis)
         if not config.share_b:
             b_shape, b_axes = (experts, *b_shape), ("expert", *b_axes)
         lora_b = self.param(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from sira_jax.adapters.context import AdapterContext, Projection
 from sira_jax.errors import ConfigError, MergeError, check, is_finite_number, is_whole_number
+from sira_jax.quantized import dequantize, is_quantized
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 # Where they are in the block of a decoder-only model, which is what patterns match.
@@ -211,6 +212,13 @@ class AdapterConfig(abc.ABC):
             is_useful = any(matches(pattern, path) for path in projections)
             check(is_useful or pattern in PROJECTIONS, field, pattern, allowed)
 
+    def check_shard(self, rows: int, length: int) -> None:
+        """Raises ConfigError if rows x length tokens, a device's part of a batch, are cut in a way that needs other devices.
+
+        Called for the adapter of each projection, where a batch lies on several devices.
+        """
+        del rows, length
+
     # Hooks for methods that need more than their projection's view. The defaults do nothing, and neither models nor
     # training ask which method it is.
 
@@ -377,7 +385,7 @@ class AdaptedDense(nn.Module):
     def __call__(self, x_BTD: jax.Array, context: AdapterContext) -> jax.Array:
         """Projects (B, T, D) to (B, T, F)."""
         kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-        kernel_DF = self.param(
+        held = self.param(
             "kernel",
             nn.with_logical_partitioning(kernel_init, self.kernel_axes),
             (x_BTD.shape[-1], self.features),
@@ -387,7 +395,14 @@ class AdaptedDense(nn.Module):
         if self.use_bias:
             bias_init = nn.with_logical_partitioning(nn.initializers.zeros, self.kernel_axes[1:])
             bias_F = self.param("bias", bias_init, (self.features,), self.param_dtype)
-        projection = Projection(self.path, kernel_DF, bias_F, self.dtype, self.kernel_axes)
+        projection = Projection(
+            self.path,
+            dequantize(held),
+            bias_F,
+            self.dtype,
+            self.kernel_axes,
+            held if is_quantized(held) else None,
+        )
         x_BTD = x_BTD.astype(self.dtype)
         if self.adapter is None:
             return projection(x_BTD)

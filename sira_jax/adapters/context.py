@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from sira_jax import quantized
+
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
@@ -21,6 +23,7 @@ class Projection:
       bias_F: b, or None.
       dtype: type of the computation.
       kernel_axes: logical names of the kernel's two axes.
+      quantized: W0 as it is held where that is in few bits (see `quantized`), or None; `kernel_DF` is then made from it.
     """
 
     path: str
@@ -28,11 +31,20 @@ class Projection:
     bias_F: jax.Array | None = None
     dtype: Any = jnp.float32
     kernel_axes: tuple[str, str] = ("embed", "mlp")
+    quantized: Any = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """(D, F)."""
         return self.kernel_DF.shape
+
+    @property
+    def adapter_axes(self) -> tuple[str, str]:
+        """Logical names, in an adapter's parameters, of axes as long as the kernel's two: "adapter_mlp" beside "mlp".
+
+        They differ from the kernel's, since what pays for the kernel need not pay for a parameter a thousandth its size.
+        """
+        return f"adapter_{self.kernel_axes[0]}", f"adapter_{self.kernel_axes[1]}"
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x W0 + b, (B, T, F)."""
@@ -40,6 +52,8 @@ class Projection:
 
     def product(self, x_BTD: jax.Array) -> jax.Array:
         """x W0 without the bias, (B, T, F)."""
+        if self.quantized is not None:
+            return quantized.product(x_BTD, self.quantized)
         return x_BTD @ self.kernel_DF.astype(self.dtype)
 
     def add_bias(self, y_BTF: jax.Array) -> jax.Array:

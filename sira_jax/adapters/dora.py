@@ -107,10 +107,10 @@ class DoRA(nn.Module):
     ) -> jax.Array:
         """x m V / ||V|| + bias, (B, T, F). Dropout acts on the input of the low-rank pair alone [O]."""
         config = self.config
-        lora_a_DR, lora_b_RF = lora_pair(self, projection.shape, config.rank)
+        lora_a_DR, lora_b_RF = lora_pair(self, projection, config.rank)
         magnitude_delta_F = self.param(
             "magnitude_delta",
-            nn.with_logical_partitioning(nn.initializers.zeros, ("adapter_out",)),
+            nn.with_logical_partitioning(nn.initializers.zeros, projection.adapter_axes[1:]),
             projection.shape[1:],
         )
         params = {

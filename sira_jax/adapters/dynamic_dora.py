@@ -257,7 +257,7 @@ class DynamicDoRA(nn.Module):
     ) -> jax.Array:
         """The frozen projection's output (B, T, F) plus the components that are not pruned."""
         config = self.config
-        d_in, d_out = projection.shape
+        (d_in, d_out), (in_axis, out_axis) = projection.shape, projection.adapter_axes
         y_BTF = projection(x_BTD)
         rank = config.start_rank
 
@@ -265,8 +265,8 @@ class DynamicDoRA(nn.Module):
             return self.param(name, nn.with_logical_partitioning(init, axes), shape)
 
         zeros, ones = nn.initializers.zeros, nn.initializers.ones
-        a_DR = param("lora_a", _kaiming_uniform, ("adapter_in", "rank"), (d_in, rank))
-        b_RF = param("lora_b", _kaiming_uniform, ("rank", "adapter_out"), (rank, d_out))
+        a_DR = param("lora_a", _kaiming_uniform, (in_axis, "rank"), (d_in, rank))
+        b_RF = param("lora_b", _kaiming_uniform, ("rank", out_axis), (rank, d_out))
         c_R = param("component_scale", zeros, ("rank",), (rank,))
         mask_R = param("buffer_mask", ones, ("rank",), (rank,))
         param("buffer_score", zeros, ("rank",), (rank,))

@@ -47,6 +47,6 @@ class LoRA(nn.Module):
         """The frozen projection's output (B, T, F) plus the low-rank term."""
         config = self.config
         y_BTF = projection(x_BTD)
-        pair = lora_pair(self, projection.shape, config.rank)
+        pair = lora_pair(self, projection, config.rank)
         delta_BTF = low_rank_term(x_BTD, *pair, config.scale, config.dropout_rate, context)
         return y_BTF + delta_BTF.astype(y_BTF.dtype)

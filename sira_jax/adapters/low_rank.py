@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from sira_jax.adapters.base import AdapterConfig, lora_a_init
-from sira_jax.adapters.context import AdapterContext
+from sira_jax.adapters.context import AdapterContext, Projection
+from sira_jax.placement import constrain
 from sira_jax.routing import project
 
 
@@ -38,17 +39,17 @@ def add_to_kernel(kernel_DF: jax.Array, delta_DF: jax.Array) -> jax.Array:
     return (kernel_DF.astype(jnp.float32) + delta_DF).astype(kernel_DF.dtype)
 
 
-def lora_pair(module: nn.Module, shape: tuple[int, int], rank: int) -> tuple[jax.Array, jax.Array]:
+def lora_pair(module: nn.Module, projection: Projection, rank: int) -> tuple[jax.Array, jax.Array]:
     """Declares `module`'s parameters lora_a (D, R) kaiming-uniform and lora_b (R, F) zero, for a projection of shape (D, F)."""
-    d_in, d_out = shape
+    (d_in, d_out), (in_axis, out_axis) = projection.shape, projection.adapter_axes
     lora_a_DR = module.param(
         "lora_a",
-        nn.with_logical_partitioning(lora_a_init, ("adapter_in", "rank")),
+        nn.with_logical_partitioning(lora_a_init, (in_axis, "rank")),
         (d_in, rank),
     )
     lora_b_RF = module.param(
         "lora_b",
-        nn.with_logical_partitioning(nn.initializers.zeros, ("rank", "adapter_out")),
+        nn.with_logical_partitioning(nn.initializers.zeros, ("rank", out_axis)),
         (rank, d_out),
     )
     return lora_a_DR, lora_b_RF
@@ -56,7 +57,7 @@ def lora_pair(module: nn.Module, shape: tuple[int, int], rank: int) -> tuple[jax
 
 def expert_pairs(
     module: nn.Module,
-    shape: tuple[int, int],
+    projection: Projection,
     num_experts: int,
     rank: int,
     a_init: Callable[..., jax.Array],
@@ -64,18 +65,20 @@ def expert_pairs(
     """Declares lora_a (E, D, R), drawn by `a_init`, and lora_b (E, R, F) zero; see `lora_pair`."""
     lora_a_EDR = module.param(
         "lora_a",
-        nn.with_logical_partitioning(a_init, ("expert", "adapter_in", "rank")),
-        (num_experts, shape[0], rank),
+        nn.with_logical_partitioning(a_init, ("expert", projection.adapter_axes[0], "rank")),
+        (num_experts, projection.shape[0], rank),
     )
-    return lora_a_EDR, expert_b(module, shape, num_experts, rank)
+    return lora_a_EDR, expert_b(module, projection, num_experts, rank)
 
 
-def expert_b(module: nn.Module, shape: tuple[int, int], num_experts: int, rank: int) -> jax.Array:
+def expert_b(module: nn.Module, projection: Projection, num_experts: int, rank: int) -> jax.Array:
     """Declares lora_b (E, R, F) zero alone; see `expert_pairs`."""
     return module.param(
         "lora_b",
-        nn.with_logical_partitioning(nn.initializers.zeros, ("expert", "rank", "adapter_out")),
-        (num_experts, rank, shape[1]),
+        nn.with_logical_partitioning(
+            nn.initializers.zeros, ("expert", "rank", projection.adapter_axes[1])
+        ),
+        (num_experts, rank, projection.shape[1]),
     )
 
 
@@ -98,7 +101,7 @@ def low_rank_term(
       context: says whether there is dropout.
     """
     x_BTD = nn.Dropout(dropout_rate)(x_BTD, deterministic=context.deterministic)
-    h_BTR = project(x_BTD, a_DR.astype(x_BTD.dtype))
+    h_BTR = constrain(project(x_BTD, a_DR.astype(x_BTD.dtype)), "batch", None, None)
     # Scaling here, at width R, spares a pass over the (B, T, F) output.
     h_BTR = (h_BTR * scale).astype(x_BTD.dtype)
     return project(h_BTR, b_RF.astype(x_BTD.dtype))

@@ -73,7 +73,7 @@ class MALoRA(nn.Module):
         p_std = config.shared_dim**-0.5 if config.p_init_std is None else config.p_init_std
         shared_a_DJ = self.param(
             "shared_a",
-            nn.with_logical_partitioning(lora_a_init, ("adapter_in", "rank")),
+            nn.with_logical_partitioning(lora_a_init, (projection.adapter_axes[0], "rank")),
             (projection.shape[0], config.shared_dim),
         )
         expert_p_EJR = self.param(
@@ -81,8 +81,10 @@ class MALoRA(nn.Module):
             nn.with_logical_partitioning(nn.initializers.normal(p_std), ("expert", None, "rank")),
             (config.num_experts, config.shared_dim, config.rank),
         )
-        lora_b_ERF = expert_b(self, projection.shape, config.num_experts, config.rank)
-        shared_BTJ, gate = mixture.route_and_project(self, x_BTD, shared_a_DJ, config, context)
+        lora_b_ERF = expert_b(self, projection, config.num_experts, config.rank)
+        shared_BTJ, gate = mixture.route_and_project(
+            self, x_BTD, shared_a_DJ, projection, config, context
+        )
         expert_p_JM = join_ranks(expert_p_EJR).astype(x_BTD.dtype)
         hidden_BTM = project(shared_BTJ.astype(x_BTD.dtype), expert_p_JM)
         delta_BTF = gated_sum(hidden_BTM, gate.gates_BTE * config.scale, lora_b_ERF, x_BTD.dtype)

@@ -86,12 +86,12 @@ class MELoRA(nn.Module):
         params = {
             "lora_a": self.param(
                 "lora_a",
-                nn.with_logical_partitioning(lora_a_init, (None, "adapter_in", "rank")),
+                nn.with_logical_partitioning(lora_a_init, (None, None, "rank")),
                 (blocks, d_in // blocks, rank),
             ),
             "lora_b": self.param(
                 "lora_b",
-                nn.with_logical_partitioning(nn.initializers.zeros, (None, "rank", "adapter_out")),
+                nn.with_logical_partitioning(nn.initializers.zeros, (None, "rank", None)),
                 (blocks, rank, d_out // blocks),
             ),
         }

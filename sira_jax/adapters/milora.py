@@ -287,13 +287,13 @@ class MiLoRARouter(nn.Module):
         normal = nn.initializers.normal(config.router_init_std)
         router_DE = self.param(
             "router",
-            nn.with_logical_partitioning(normal, ("adapter_in", "expert")),
+            nn.with_logical_partitioning(normal, ("adapter_embed", "expert")),
             (d_in, experts),
         )
         query_D = None
         if config.pooling == "attention":
             query_D = self.param(
-                "query", nn.with_logical_partitioning(normal, ("adapter_in",)), (d_in,)
+                "query", nn.with_logical_partitioning(normal, ("adapter_embed",)), (d_in,)
             )
         coefficients = []
         for name, start in (("numerator", GELU_NUMERATOR), ("denominator", GELU_DENOMINATOR)):
@@ -341,7 +341,7 @@ class MiLoRA(nn.Module):
         """The frozen projection's output (B, T, F) plus the gated low-rank term."""
         config = self.config
         y_BTF = projection(x_BTD)
-        lora_a_DR, lora_b_RF = lora_pair(self, projection.shape, config.rank)
+        lora_a_DR, lora_b_RF = lora_pair(self, projection, config.rank)
         x_BTD = nn.Dropout(config.dropout_rate)(x_BTD, deterministic=context.deterministic)
         hidden_BTR = config.scale * routing.project(x_BTD, lora_a_DR.astype(x_BTD.dtype))
         if context.block is not None:

@@ -18,7 +18,7 @@ from flax import struct
 from sira_jax import routing
 from sira_jax.adapters.base import AdapterConfig, AdapterFlops
 from sira_jax.adapters.checks import check_count, check_not_negative
-from sira_jax.adapters.context import AdapterContext
+from sira_jax.adapters.context import AdapterContext, Projection
 from sira_jax.errors import MergeError
 
 
@@ -179,10 +179,14 @@ def mixture_stats(
 
 
 def route_tokens(
-    module: nn.Module, x_BTD: jax.Array, config: MixtureConfig, context: AdapterContext
+    module: nn.Module,
+    x_BTD: jax.Array,
+    projection: Projection,
+    config: MixtureConfig,
+    context: AdapterContext,
 ) -> Gate:
     """The gate of x from the router of `module`, whose loss and statistics it sows."""
-    logits_BTE = routing.router_logits(x_BTD, _router(module, x_BTD.shape[-1], config))
+    logits_BTE = routing.router_logits(x_BTD, _router(module, projection, config))
     return _gate_and_sow(module, logits_BTE, config, context)
 
 
@@ -190,6 +194,7 @@ def route_and_project(
     module: nn.Module,
     x_BTD: jax.Array,
     weights_DM: jax.Array,
+    projection: Projection,
     config: MixtureConfig,
     context: AdapterContext,
 ) -> tuple[jax.Array, Gate]:
@@ -198,7 +203,7 @@ def route_and_project(
     A float32 x meets the weights and the router in one product, forwards and backwards, at the precision the router needs.
     The router does not see the dropout.
     """
-    router_DE = _router(module, x_BTD.shape[-1], config)
+    router_DE = _router(module, projection, config)
     dropped_BTD = x_BTD
     drops = config.dropout_rate > 0 and not context.deterministic
     if drops:
@@ -213,12 +218,12 @@ def route_and_project(
     return jnp.where(gate.valid_BT[..., None], hidden_BTM, 0.0), gate
 
 
-def _router(module: nn.Module, d_in: int, config: MixtureConfig) -> jax.Array:
+def _router(module: nn.Module, projection: Projection, config: MixtureConfig) -> jax.Array:
     init = nn.initializers.normal(config.router_init_std)
     return module.param(
         "router",
-        nn.with_logical_partitioning(init, ("adapter_in", "expert")),
-        (d_in, config.num_experts),
+        nn.with_logical_partitioning(init, (projection.adapter_axes[0], "expert")),
+        (projection.shape[0], config.num_experts),
     )
 
 

@@ -60,10 +60,10 @@ class MoLoRA(nn.Module):
         y_BTF = projection(x_BTD)
         a_init = nn.initializers.normal(config.a_init_std)
         lora_a_EDR, lora_b_ERF = expert_pairs(
-            self, projection.shape, config.num_experts, config.rank, a_init
+            self, projection, config.num_experts, config.rank, a_init
         )
         hidden_BTM, gate = mixture.route_and_project(
-            self, x_BTD, join_ranks(lora_a_EDR), config, context
+            self, x_BTD, join_ranks(lora_a_EDR), projection, config, context
         )
         delta_BTF = gated_sum(hidden_BTM, gate.gates_BTE * config.scale, lora_b_ERF, x_BTD.dtype)
         return y_BTF + delta_BTF.astype(y_BTF.dtype)

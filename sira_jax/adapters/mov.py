@@ -95,11 +95,12 @@ class MoV(nn.Module):
         vectors_EW = self.param(
             "vectors",
             nn.with_logical_partitioning(
-                nn.initializers.ones, ("expert", "adapter_in" if scales_input else "adapter_out")
+                nn.initializers.ones,
+                ("expert", projection.adapter_axes[0 if scales_input else 1]),
             ),
             (config.num_experts, d_in if scales_input else d_out),
         )
-        gate = mixture.route_tokens(self, x_BTD, config, context)
+        gate = mixture.route_tokens(self, x_BTD, projection, config, context)
         # Deviations from one are mixed, and not the vectors: probabilities may sum to 1 but for a rounding, and vectors of
         # ones must change nothing. Under a selection, too, an expert that is left out counts as a vector of ones.
         deviation_EW = (vectors_EW - 1.0).astype(x_BTD.dtype)

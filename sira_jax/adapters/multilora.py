@@ -77,23 +77,23 @@ class MultiLoRA(nn.Module):
     ) -> jax.Array:
         """The frozen projection's output (B, T, F) plus the branches' sum."""
         config = self.config
-        d_in, d_out = projection.shape
+        (d_in, d_out), (in_axis, out_axis) = projection.shape, projection.adapter_axes
         branches, rank = config.num_branches, config.rank
         y_BTF = projection(x_BTD)
         params = {
             "lora_a": self.param(
                 "lora_a",
-                nn.with_logical_partitioning(self._uniform, (None, "adapter_in", "rank")),
+                nn.with_logical_partitioning(self._uniform, (None, in_axis, "rank")),
                 (branches, d_in, rank),
             ),
             "lora_b": self.param(
                 "lora_b",
-                nn.with_logical_partitioning(self._uniform, (None, "rank", "adapter_out")),
+                nn.with_logical_partitioning(self._uniform, (None, "rank", out_axis)),
                 (branches, rank, d_out),
             ),
             "branch_scale": self.param(
                 "branch_scale",
-                nn.with_logical_partitioning(nn.initializers.zeros, (None, "adapter_out")),
+                nn.with_logical_partitioning(nn.initializers.zeros, (None, out_axis)),
                 (branches, d_out),
             ),
         }

@@ -99,7 +99,7 @@ class RACLoRA(nn.Module):
     ) -> jax.Array:
         """The merged projection's output (B, T, F) plus the stage's low-rank term."""
         config = self.config
-        d_in, d_out = projection.shape
+        (d_in, d_out), (in_axis, out_axis) = projection.shape, projection.adapter_axes
         y_BTF = project_with_sum(self, x_BTD, projection)
         name_a, name_b = config.factors
         init_a, init_b = config.draw_sketch, nn.initializers.zeros
@@ -107,12 +107,12 @@ class RACLoRA(nn.Module):
             init_a, init_b = init_b, init_a
         lora_a_DR = self.param(
             name_a,
-            nn.with_logical_partitioning(init_a, ("adapter_in", "rank")),
+            nn.with_logical_partitioning(init_a, (in_axis, "rank")),
             (d_in, config.rank),
         )
         lora_b_RF = self.param(
             name_b,
-            nn.with_logical_partitioning(init_b, ("rank", "adapter_out")),
+            nn.with_logical_partitioning(init_b, ("rank", out_axis)),
             (config.rank, d_out),
         )
         delta_BTF = low_rank_term(

@@ -245,7 +245,7 @@ class ResLoRA(nn.Module):
         """The frozen projection's output (B, T, F) plus the low-rank terms."""
         config, rank = self.config, self.config.rank
         y_BTF = projection(x_BTD)
-        lora_a_DR, lora_b_RF = lora_pair(self, projection.shape, rank)
+        lora_a_DR, lora_b_RF = lora_pair(self, projection, rank)
         dropout = nn.Dropout(config.dropout_rate, deterministic=context.deterministic)
         previous = None if context.link is None else context.link.previous[projection.path]
         carry: dict[str, jax.Array] = {}

@@ -69,6 +69,16 @@ class SiRAConfig(AdapterConfig, routing.RoutingConfig):
     def trained_rank(self) -> int:
         return self.num_experts * self.rank
 
+    def check_shard(self, rows: int, length: int) -> None:
+        tokens, size = rows * length, self.group_size
+        check(
+            size is None or tokens % size == 0,
+            "adapter.group_size",
+            size,
+            f"None, or a divisor of the {rows} x {length} tokens that a device has of a batch, so that no routing group lies on"
+            " two",
+        )
+
     @property
     def has_random_router(self) -> bool:
         """Whether the router stays as it was drawn (SMoE-dropout)."""
@@ -145,11 +155,12 @@ class SiRA(nn.Module):
         router_DE = self.param(
             "buffer_router" if config.has_random_router else "router",
             nn.with_logical_partitioning(
-                nn.initializers.normal(config.router_init_std), ("adapter_in", "expert")
+                nn.initializers.normal(config.router_init_std),
+                (projection.adapter_axes[0], "expert"),
             ),
             (projection.shape[0], experts),
         )
-        lora_a_EDR, lora_b_ERF = expert_pairs(self, projection.shape, experts, rank, lora_a_init)
+        lora_a_EDR, lora_b_ERF = expert_pairs(self, projection, experts, rank, lora_a_init)
         valid_BT = context.valid_or_all(x_BTD.shape[:2])
         x_GSD, valid_GS = routing.group_tokens(x_BTD, valid_BT, config.group_size)
         training = not context.deterministic

@@ -19,6 +19,7 @@ from sira_jax.adapters.base import (
     projection_name,
     split_layer,
 )
+from sira_jax.quantized import dequantize
 
 
 class LayerStack(Protocol):
@@ -107,8 +108,11 @@ def replace_kernels(
     params: Mapping[str, Any],
     merge_tree: Callable[[Mapping[Path, Any], Mapping[Path, jax.Array]], dict[Path, jax.Array]],
 ) -> dict[str, Any]:
-    """All parameters without the adapters', and with the kernels that `merge_tree(adapters, kernels)` returns."""
-    flat = traverse_util.flatten_dict(params)
+    """All parameters without the adapters', and with the kernels that `merge_tree(adapters, kernels)` returns.
+
+    Matrices held in few bits are made whole: their sum with an adapter would not fit in these.
+    """
+    flat = {path: dequantize(x) for path, x in traverse_util.flatten_dict(params).items()}
     own = {path: flat.pop(path) for path in list(flat) if is_adapter(path)}
     adapters = by_projection(traverse_util.unflatten_dict(own))
     kernels = {path: flat[*path, "kernel"] for path in adapters if (*path, "kernel") in flat}

@@ -105,7 +105,7 @@ class XGBLoRA(nn.Module):
         """The merged projection's output (B, T, F) plus the stage's low-rank term."""
         config = self.config
         y_BTF = project_with_sum(self, x_BTD, projection)
-        lora_a_DR, lora_b_RF = lora_pair(self, projection.shape, config.rank)
+        lora_a_DR, lora_b_RF = lora_pair(self, projection, config.rank)
         active = self.param(
             "buffer_active", nn.with_logical_partitioning(nn.initializers.ones, ()), ()
         )

@@ -91,6 +91,7 @@ def load_base_model(
     scan_layers: bool = True,
     remat_policy: str = "none",
     sharding_fn: ShardingFn | None = None,
+    quantization: str = "none",
     cache_dir: str | None = None,
 ) -> BaseModel:
     """Loads a base model; host memory peaks little above the size of the parameters.
@@ -104,6 +105,7 @@ def load_base_model(
       scan_layers: stack the layers' parameters along axis 0.
       remat_policy: see DecoderConfig.
       sharding_fn: (path in the tree, shape) -> jax.sharding.Sharding or None; see load_params.
+      quantization: how the projections' matrices are held, see `quantized`; param_dtype is then that of the rest.
       cache_dir: where dequantised GGUF files are kept; default $SIRA_CACHE or ~/.cache/sira_jax.
 
     Raises:
@@ -120,11 +122,11 @@ def load_base_model(
         with contextlib.closing(GGUFSource(path, **options)) as source:
             tensors = dequantised(source, cache_dir)
             with contextlib.closing(tensors):
-                params = load_params(tensors, source.config, sharding_fn)
+                params = load_params(tensors, source.config, sharding_fn, quantization=quantization)
             return _describe_gguf(source, params)
     config = read_model_config(path, **options)
     with contextlib.closing(SafetensorsFolder(path)) as tensors:
-        params = load_params(text_part(tensors), config, sharding_fn)
+        params = load_params(text_part(tensors), config, sharding_fn, quantization=quantization)
     return _describe_folder(path, config, params)
 
 

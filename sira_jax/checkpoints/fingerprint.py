@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sira_jax.checkpoints.layout import flatten
+from sira_jax.quantized import is_quantized, words
 
 # Seeds and odd multipliers of the two hashes: digits of the fractions of square roots of 2, 3, 5
 # and 7, taken for having no pattern.
@@ -36,7 +37,7 @@ def fingerprint(params: Mapping) -> str:
     Args:
       params: nested mapping of arrays. Every process of a multi-host run must call this.
     """
-    flat = sorted((path, jnp.asarray(leaf)) for path, leaf in flatten(params).items())
+    flat = sorted((path, jnp.asarray(leaf)) for path, leaf in _arrays(params).items())
     hashes = np.stack([_leaf_hash(leaf, _without_layer(path)[1]) for path, leaf in flat])
     if not all(leaf.is_fully_addressable for _, leaf in flat):
         hashes = multihost_utils.process_allgather(hashes).sum(axis=0, dtype=np.uint32)
@@ -51,6 +52,18 @@ def fingerprint(params: Mapping) -> str:
         total = np.sum(parts, axis=0, dtype=np.uint32)
         lines.append(json.dumps([path, shape, dtype, *(int(number) for number in total)]))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _arrays(params: Mapping) -> dict[tuple[str, ...], jax.Array]:
+    """The arrays by their paths; a quantised matrix is several, as if it were a mapping of them."""
+    arrays = {}
+    for path, leaf in flatten(params).items():
+        parts = {"": leaf}
+        if is_quantized(leaf):
+            named = jax.tree_util.tree_leaves_with_path(leaf)
+            parts = {jax.tree_util.keystr(keys, simple=True): part for keys, part in named}
+        arrays |= {(*path, name) if name else path: part for name, part in parts.items()}
+    return arrays
 
 
 def _without_layer(path: tuple[str, ...]) -> tuple[tuple[str, ...], int | None]:
@@ -95,6 +108,7 @@ def _part_hash(x: jax.Array, start: jax.Array) -> jax.Array:
       x: the part.
       start: (x.ndim,) position of its first element in the whole leaf.
     """
+    x = words(x)
     if x.dtype.itemsize == 2:
         # Here and not in the loop: on CPU, slices of 16-bit floats go through float32, all of x at
         # once. Of wider types this would be a copy.

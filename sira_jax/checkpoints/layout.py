@@ -21,6 +21,7 @@ from sira_jax.checkpoints.safetensors import TensorSource, row_chunks
 from sira_jax.checkpoints.t5_layout import t5_layout
 from sira_jax.errors import ModelFileError
 from sira_jax.models import DecoderConfig, EncoderDecoderConfig, ModelConfig
+from sira_jax.quantized import quantize
 
 ShardingFn = Callable[[Path, tuple[int, ...]], jax.sharding.Sharding | None]
 LayoutFn = Callable[[ModelConfig], Layout]
@@ -191,6 +192,7 @@ def load_params(
     config: ModelConfig,
     sharding_fn: ShardingFn | None = None,
     layout_of: LayoutFn = hf_layout,
+    quantization: str = "none",
 ) -> dict:
     """Returns a model's parameter tree, read from `source`.
 
@@ -201,6 +203,7 @@ def load_params(
       sharding_fn: (path, shape) -> the leaf's sharding, or None for an array on the default device.
         Every process reads only the rows that its own devices hold.
       layout_of: config -> what `source` holds.
+      quantization: how the projections' matrices are held, see `quantized`; each is converted before the next is read.
 
     Raises:
       ModelFileError: before anything is read if the tensors do not fit, else if a file turns out to
@@ -218,8 +221,14 @@ def load_params(
         node = params
         for key in parents:
             node = node.setdefault(key, {})
-        node[last] = _load_leaf(source, leaf, dtype, sharding).block_until_ready()
+        array = _load_leaf(source, leaf, dtype, sharding).block_until_ready()
+        node[last] = quantize(array, quantization if _is_projection(leaf.path) else "none")
     return params
+
+
+def _is_projection(path: Path) -> bool:
+    """Whether a leaf is the matrix of a projection in a block: what is most of a model, and what adapters sit on."""
+    return path[-1] == "kernel" and any(name.startswith("layers") for name in path)
 
 
 def _load_leaf(

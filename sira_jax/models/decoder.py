@@ -17,6 +17,7 @@ from sira_jax.models.config import DecoderConfig
 from sira_jax.models.layers import MLP, Attention, RMSNorm, soft_cap
 from sira_jax.models.rope import rotary_tables
 from sira_jax.models.stacking import advance_cache, initial_carry, make_blocks
+from sira_jax.placement import constrain
 
 Batch = Mapping[str, jax.Array]
 
@@ -68,9 +69,9 @@ class DecoderBlock(nn.Module):
         mlp = MLP(config, self.adapter, name="mlp")
         h_BTD = norm("input_norm")(x_BTD)
         h_BTD = attention(h_BTD, view.mask_BTS, view.rotary, context, cache_index)
-        x_BTD = x_BTD + normed("post_attention_norm", h_BTD)
+        x_BTD = constrain(x_BTD + normed("post_attention_norm", h_BTD), "batch", None, None)
         h_BTD = mlp(norm("mlp_norm")(x_BTD), context)
-        x_BTD = x_BTD + normed("post_mlp_norm", h_BTD)
+        x_BTD = constrain(x_BTD + normed("post_mlp_norm", h_BTD), "batch", None, None)
         return (x_BTD, carry | link.next), None
 
 
@@ -182,7 +183,7 @@ class Decoder(nn.Module):
         else:
             cache_index, key_segments_BS = advance_cache(self, segments_BT, cache_length)
         views = self._views(segments_BT, key_segments_BS, cache_index, positions_BT)
-        x_BTD = self.token_embedder(tokens_BT)
+        x_BTD = constrain(self.token_embedder(tokens_BT), "batch", None, None)
         if self.config.scale_embeddings:
             x_BTD *= jnp.asarray(math.sqrt(self.config.emb_dim), x_BTD.dtype)
         projections = self.config.projections
@@ -221,6 +222,7 @@ class Decoder(nn.Module):
             logits_BTV = self.token_embedder.attend(x_BTD)
         else:
             logits_BTV = self.lm_head(x_BTD)
+        logits_BTV = constrain(logits_BTV, "batch", *[None] * (logits_BTV.ndim - 2), "vocab")
         return soft_cap(logits_BTV.astype(jnp.float32), self.config.final_softcap)
 
 

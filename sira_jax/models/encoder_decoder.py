@@ -18,6 +18,7 @@ from sira_jax.models.encoder_decoder_config import EncoderDecoderConfig
 from sira_jax.models.layers import RMSNorm
 from sira_jax.models.stacking import advance_cache, initial_carry, make_blocks, run_blocks
 from sira_jax.models.t5_layers import T5MLP, CrossAttention, RelativePositionBias, SelfAttention
+from sira_jax.placement import constrain
 
 Batch = Mapping[str, jax.Array]
 
@@ -289,11 +290,14 @@ class EncoderDecoder(nn.Module):
         encoded_BSD = encoder_context = None
         if "encoder_input_tokens" in batch:
             encoder_context = self._encoder_context(common, batch)
-            x_BSD = self.token_embedder(batch["encoder_input_tokens"])
+            x_BSD = self._embed(batch["encoder_input_tokens"])
             encoded_BSD = self.encoder(x_BSD, encoder_context)
         context = self._decoder_context(common, batch, cache_length is not None)
-        x_BTD = self.token_embedder(batch["decoder_input_tokens"])
+        x_BTD = self._embed(batch["decoder_input_tokens"])
         return self.decoder(x_BTD, encoded_BSD, context, encoder_context, cache_length)
+
+    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
+        return constrain(self.token_embedder(tokens_BT), "batch", None, None)
 
     def _encoder_context(self, common: AdapterContext, batch: Batch) -> AdapterContext:
         """`decoding` stays off: no later call continues the encoder."""
@@ -329,10 +333,12 @@ class EncoderDecoder(nn.Module):
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Projects activations (..., D) onto the vocabulary, (..., V), in float32."""
         x_BTD = x_BTD.astype(jnp.float32)
-        if not self.config.tie_embeddings:
-            return self.decoder.project(x_BTD)
-        table_VD = self.token_embedder.embedding.astype(jnp.float32)
-        return x_BTD / jnp.sqrt(jnp.float32(self.config.emb_dim)) @ table_VD.T
+        if self.config.tie_embeddings:
+            table_VD = self.token_embedder.embedding.astype(jnp.float32)
+            logits_BTV = x_BTD / jnp.sqrt(jnp.float32(self.config.emb_dim)) @ table_VD.T
+        else:
+            logits_BTV = self.decoder.project(x_BTD)
+        return constrain(logits_BTV, "batch", *[None] * (logits_BTV.ndim - 2), "vocab")
 
 
 def segment_mask(query_segments_BT: jax.Array, key_segments_BS: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from sira_jax.adapters import AdaptedDense, AdapterConfig, AdapterContext
 from sira_jax.models.rope import apply_rotary
+from sira_jax.placement import constrain
 
 ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": nn.gelu}
 
@@ -129,7 +130,7 @@ class Attention(Projections):
 
         def project(name, count, axis):
             y = self.dense(name, count * width, ("embed", axis), use_bias=bias)(x_BTD, context)
-            return y.reshape(batch, length, count, width)
+            return constrain(y.reshape(batch, length, count, width), "batch", None, axis, None)
 
         q_BTHP = project("q", heads, "heads")
         k_BSKP = project("k", kv_heads, "kv_heads")
@@ -171,4 +172,5 @@ class MLP(Projections):
         gate_BTF = self.dense("gate", self.config.mlp_dim, axes)(x_BTD, context)
         up_BTF = self.dense("up", self.config.mlp_dim, axes)(x_BTD, context)
         hidden_BTF = ACTIVATIONS[self.config.activation](gate_BTF) * up_BTF
+        hidden_BTF = constrain(hidden_BTF, "batch", None, "mlp")
         return self.dense("down", self.config.emb_dim, axes[::-1])(hidden_BTF, context)

@@ -17,6 +17,7 @@ import numpy as np
 from sira_jax.adapters import AdapterContext
 from sira_jax.models.encoder_decoder_config import EncoderDecoderConfig
 from sira_jax.models.layers import Projections
+from sira_jax.placement import constrain
 
 _ACTIVATIONS = {
     "relu": nn.relu,
@@ -107,7 +108,8 @@ class _Attention(Projections):
         """The projection `name` of x, (B, T, H, P)."""
         config = self.config
         dense = self.dense(name, config.num_heads * config.head_dim, ("embed", "heads"))
-        return dense(x_BTD, context).reshape(*x_BTD.shape[:2], config.num_heads, config.head_dim)
+        shape = (*x_BTD.shape[:2], config.num_heads, config.head_dim)
+        return constrain(dense(x_BTD, context).reshape(shape), "batch", None, "heads", None)
 
     def attend(self, q_BTHP, k_BSHP, v_BSHP, mask_BTS, bias_1HTS, context) -> jax.Array:
         """Softmax in float32, then the projection "out": (B, T, D)."""
@@ -115,7 +117,8 @@ class _Attention(Projections):
             q_BTHP, k_BSHP, v_BSHP, bias=bias_1HTS, mask=mask_BTS[:, None], scale=1.0
         )
         out_BTE = out_BTHP.reshape(*out_BTHP.shape[:2], -1)
-        return self.dense("out", self.config.emb_dim, ("heads", "embed"))(out_BTE, context)
+        out_BTD = self.dense("out", self.config.emb_dim, ("heads", "embed"))(out_BTE, context)
+        return constrain(out_BTD, "batch", None, None)
 
 
 class SelfAttention(_Attention):
@@ -205,4 +208,6 @@ class T5MLP(Projections):
                 for name, activation in zip(config.mlp_inputs, config.mlp_activations, strict=True)
             ),
         )
-        return self.dense("wo", config.emb_dim, axes[::-1])(hidden_BTF, context)
+        hidden_BTF = constrain(hidden_BTF, "batch", None, "mlp")
+        out_BTD = self.dense("wo", config.emb_dim, axes[::-1])(hidden_BTF, context)
+        return constrain(out_BTD, "batch", None, None)

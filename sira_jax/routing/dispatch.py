@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from sira_jax.errors import check
+from sira_jax.placement import FREE, constrain, per_shard
 from sira_jax.routing.capacity import expert_capacity
 from sira_jax.routing.config import DISPATCH_ALGORITHMS, RoutingConfig
 from sira_jax.routing.products import project
@@ -21,6 +22,9 @@ MASKED_WIDTH_SHARE = 0.25
 RAGGED_MOVE_COST = 256
 # Its many small products run at about a third of the speed of one large one (measured on CPU).
 EINSUM_SLOWDOWN = 3
+# Names of the axes (G, E, C, D) before and after tokens move to experts on other devices.
+_WITH_TOKENS = ("batch", None, None, FREE)
+_WITH_EXPERTS = ("expert_batch", "expert", None, FREE)
 
 
 def choose_algorithm(
@@ -189,7 +193,7 @@ def apply_experts(
         return _einsum_experts(x_GSD, routing, lora_a_EDR, lora_b_ERF)
     if algorithm == "ragged":
         return _ragged_experts(x_GSD, routing, lora_a_EDR, lora_b_ERF)
-    hidden_GSM = project(x_GSD, join_ranks(lora_a_EDR))
+    hidden_GSM = constrain(project(x_GSD, join_ranks(lora_a_EDR)), "batch", None, None)
     return _masked_output(hidden_GSM, routing, lora_b_ERF, x_GSD.dtype)
 
 
@@ -216,6 +220,7 @@ def project_with_router(
     """(x @ weights, router logits) of a float32 x, in one product at the precision the router needs, forwards and backwards."""
     joined_DM = jnp.concatenate([weights_DM, router_DE], axis=1)
     joined_GSM = project(x_GSD, joined_DM, precision=jax.lax.Precision.HIGHEST)
+    joined_GSM = constrain(joined_GSM, "batch", None, None)
     hidden_GSM, logits_GSE = jnp.split(joined_GSM, [weights_DM.shape[1]], axis=-1)
     return hidden_GSM, logits_GSE
 
@@ -256,7 +261,7 @@ def _einsum_experts(x_GSD, routing, lora_a_EDR, lora_b_ERF):
     """Moves tokens to the experts' places and back by one-hot products, as GShard does.
 
     All float32: this is the reference, and XLA's CPU backend lacks some of these products for
-    bfloat16.
+    bfloat16. Where experts lie on different devices, tokens move to them and back.
     """
     places = min(routing.capacity, x_GSD.shape[1])
     is_place_GSEC = routing.position_GSE[..., None] == jnp.arange(places)
@@ -266,21 +271,43 @@ def _einsum_experts(x_GSD, routing, lora_a_EDR, lora_b_ERF):
         array.astype(jnp.float32) for array in (dispatch_GSEC, x_GSD, lora_a_EDR, lora_b_ERF)
     )
     expert_in_GECD = jnp.einsum("gsec,gsd->gecd", dispatch_GSEC, x_GSD_f32)
+    expert_in_GECD = _to_experts(expert_in_GECD)
     hidden_GECR = jnp.einsum("gecd,edr->gecr", expert_in_GECD, lora_a_EDR)
-    expert_out_GECF = jnp.einsum("gecr,erf->gecf", hidden_GECR, lora_b_ERF)
+    expert_out_GECF = _from_experts(jnp.einsum("gecr,erf->gecf", hidden_GECR, lora_b_ERF))
     return jnp.einsum("gsec,gecf->gsf", combine_GSEC, expert_out_GECF).astype(x_GSD.dtype)
+
+
+def _to_experts(x_GECD: jax.Array) -> jax.Array:
+    # First gathered by expert where the tokens are, then moved in one step.
+    return constrain(constrain(x_GECD, *_WITH_TOKENS), *_WITH_EXPERTS)
+
+
+def _from_experts(x_GECF: jax.Array) -> jax.Array:
+    return constrain(constrain(x_GECF, *_WITH_EXPERTS), *_WITH_TOKENS)
 
 
 def _ragged_experts(x_GSD, routing, lora_a_EDR, lora_b_ERF):
     """Sorts the (token, expert) pairs by expert and multiplies each run by its expert.
 
-    Pairs over capacity stay in their run with a gate of 0, so the shapes are static.
+    Pairs over capacity stay in their run with a gate of 0, so the shapes are static. Each device sorts its own pairs.
     """
-    num_experts, num_choices = lora_a_EDR.shape[0], routing.indices_GSK.shape[-1]
+
+    def choices(x_GSE):
+        return jnp.take_along_axis(x_GSE, routing.indices_GSK, axis=-1)
+
+    return per_shard(
+        _sorted_experts,
+        (lora_a_EDR, lora_b_ERF),
+        (x_GSD, routing.indices_GSK, choices(routing.gates_GSE), choices(routing.kept_GSE)),
+        size=x_GSD.shape[0],
+    )
+
+
+def _sorted_experts(experts, tokens):
+    (lora_a_EDR, lora_b_ERF), (x_GSD, indices_GSK, gates_GSK, kept_GSK) = experts, tokens
+    num_experts, num_choices = lora_a_EDR.shape[0], indices_GSK.shape[-1]
     num_tokens = x_GSD.shape[0] * x_GSD.shape[1]
-    expert_P = routing.indices_GSK.reshape(-1)
-    gate_P = jnp.take_along_axis(routing.gates_GSE, routing.indices_GSK, axis=-1).reshape(-1)
-    kept_P = jnp.take_along_axis(routing.kept_GSE, routing.indices_GSK, axis=-1).reshape(-1)
+    expert_P, gate_P, kept_P = (x.reshape(-1) for x in (indices_GSK, gates_GSK, kept_GSK))
     order_P = jnp.argsort(expert_P)
     pairs_E = jnp.bincount(expert_P, length=num_experts).astype(jnp.int32)
 

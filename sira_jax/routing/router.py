@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from sira_jax.errors import check
+from sira_jax.placement import constrain
 from sira_jax.routing.capacity import expert_capacity, queue_positions, within_capacity
 from sira_jax.routing.config import RoutingConfig
 from sira_jax.routing.products import project
@@ -47,11 +48,12 @@ class Routing:
 
 def router_logits(x_GSD: jax.Array, router_DE: jax.Array) -> jax.Array:
     """Returns x Wg in float32, (G, S, E), whatever the type of `x_GSD` [S: float32, no bias]."""
-    return project(
+    logits_GSE = project(
         x_GSD.astype(jnp.float32),
         router_DE.astype(jnp.float32),
         precision=jax.lax.Precision.HIGHEST,
     )
+    return constrain(logits_GSE, "batch", None, None)
 
 
 def _drop(gates_GSE: jax.Array, rate: float, rng: jax.Array) -> jax.Array:

@@ -12,6 +12,8 @@ from typing import Any
 from sira_jax.adapters import AdapterConfig, make_config
 from sira_jax.errors import ConfigError, check, is_finite_number, is_whole_number
 from sira_jax.models.config import DTYPES, REMAT_POLICIES
+from sira_jax.quantized import KINDS
+from sira_jax.training.axis_rules import MESH_AXES, freeze_rules
 
 STRATEGIES = ("greedy", "sample", "beam")
 OPTIMIZERS = ("adamw", "adafactor")
@@ -54,6 +56,8 @@ class ModelSource:
       param_dtype: type the frozen base is held in.
       remat_policy: see DecoderConfig.
       scan_layers: see DecoderConfig.
+      quantization: how the frozen projections are held: "none", "int8", "int4" or "nf4" (docs/scaling.md has the loss in
+        quality); the others need qwix.
     """
 
     path: str = ""
@@ -61,6 +65,7 @@ class ModelSource:
     param_dtype: str = "float32"
     remat_policy: str = "none"
     scan_layers: bool = True
+    quantization: str = "none"
 
     def __post_init__(self):
         is_path = isinstance(self.path, str) and self.path != ""
@@ -69,12 +74,13 @@ class ModelSource:
         _check_choice("model.param_dtype", self.param_dtype, DTYPES)
         _check_choice("model.remat_policy", self.remat_policy, REMAT_POLICIES)
         check(isinstance(self.scan_layers, bool), "model.scan_layers", self.scan_layers, "a bool")
+        _check_choice("model.quantization", self.quantization, KINDS)
 
     @property
     def options(self) -> dict[str, Any]:
-        """All fields but the path, as the loaders of base models take them."""
+        """What the loaders of base models take as fields of the model's config."""
         fields = dataclasses.asdict(self)
-        del fields["path"]
+        del fields["path"], fields["quantization"]
         return fields
 
 
@@ -281,15 +287,27 @@ class EvaluateConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each mesh axis; -1 in one of them stands for the devices that are left."""
+    """How the devices are arranged, and what is cut along which of their axes.
+
+    Attributes:
+      data: devices along which rows of the batch are cut and parameters are whole; -1, in one axis, stands for the devices
+        that are left.
+      fsdp: devices along which rows of the batch and the base's matrices are cut.
+      tensor: devices along which heads, MLP and vocabulary are cut.
+      expert: devices along which rows of the batch and the experts of routed adapters are cut.
+      rules: changes to the table in training/axis_rules.py: pairs of a logical axis and the mesh axes it is cut along, for
+        example (("adapter_mlp", None), ("embed", ("data", "fsdp"))); a mapping is taken too.
+    """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
     expert: int = 1
+    rules: Any = ()
 
     def __post_init__(self):
-        sizes = dataclasses.asdict(self)
+        object.__setattr__(self, "rules", freeze_rules("mesh.rules", self.rules))
+        sizes = self.sizes
         for name, size in sizes.items():
             check(
                 is_whole_number(size) and (size == -1 or size > 0),
@@ -298,6 +316,11 @@ class MeshConfig:
                 "over 0, or -1",
             )
         check(list(sizes.values()).count(-1) <= 1, "mesh", sizes, "at most one axis of -1")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Mesh axis -> devices, as given."""
+        return {name: getattr(self, name) for name in MESH_AXES}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import numpy as np
 from sira_jax.adapters.base import ADAPTER, split_layer
 from sira_jax.models import Model
 from sira_jax.routing import RouterStats
+from sira_jax.training.partitioning import BatchLayout, placed, replicated
 from sira_jax.training.train_state import merge_params
 from sira_jax.training.train_step import Batch, token_losses
 
@@ -28,6 +29,7 @@ class LossEvaluator:
       task_names: names of the tasks.
       prefix: put before the metrics' names.
       loss_chunk_size: see TrainConfig.
+      layout: where the batches go, whose rows are then this process's; None for the default device.
     """
 
     def __init__(
@@ -39,12 +41,17 @@ class LossEvaluator:
         *,
         prefix: str = "validation",
         loss_chunk_size: int = 0,
+        layout: BatchLayout | None = None,
     ):
-        self._frozen, self._batches = frozen, batches
+        self._frozen, self._batches, self._layout = frozen, batches, layout
         self._names, self._prefix = list(task_names), prefix
-        self._step = jax.jit(
-            functools.partial(_eval_step, model, len(self._names), loss_chunk_size)
-        )
+        step = functools.partial(_eval_step, model, len(self._names), loss_chunk_size)
+        if layout is None:
+            self._step = jax.jit(step)
+        else:
+            self._step = jax.jit(
+                placed(step, layout.mesh, layout.rules), out_shardings=replicated(layout.mesh)
+            )
 
     def __call__(self, adapter: Any) -> dict[str, float]:
         """Returns prefix/loss and prefix/accuracy, and the same followed by /task for each task that has targets."""
@@ -54,6 +61,7 @@ class LossEvaluator:
         """Returns the metrics and the router report (see `router_report`; empty without routers)."""
         sums, sown = None, None
         for batch in self._batches:
+            batch = batch if self._layout is None else self._layout.put(batch)
             new_sums, new_sown = jax.device_get(self._step(adapter, self._frozen, batch))
             # In float64 on the host, so that a long pass loses no digits.
             new_sums = {name: np.asarray(x, np.float64) for name, x in new_sums.items()}

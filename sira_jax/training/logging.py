@@ -58,6 +58,16 @@ class MetricsLog:
             self._writer.close()
 
 
+class SilentLog:
+    """What a process has in the place of MetricsLog that leaves the logs to another."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def import_quietly(name: str) -> types.ModuleType:
     """Imports a module whose native code writes notices to standard error; they are shown only if it fails.
 
@@ -93,10 +103,18 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 class Progress:
     """A bar with loss, tokens a second and the time left, on standard error.
 
-    Where standard error is no terminal, a line every 30 seconds instead of a redrawn one.
+    Where standard error is no terminal, a line every 30 seconds instead of a redrawn one. Nothing where it is `hidden`.
     """
 
-    def __init__(self, total: int, *, initial: int = 0, description: str = "", unit: str = "step"):
+    def __init__(
+        self,
+        total: int,
+        *,
+        initial: int = 0,
+        description: str = "",
+        unit: str = "step",
+        hidden: bool = False,
+    ):
         interval = 0.5 if sys.stderr.isatty() else 30.0
         self._bar = tqdm(
             total=total,
@@ -107,6 +125,7 @@ class Progress:
             maxinterval=interval,
             dynamic_ncols=True,
             file=sys.stderr,
+            disable=hidden,
             # The bar's own time left, from the mean speed, which an uneven step does not shake.
             smoothing=0.05,
         )

@@ -19,9 +19,9 @@ from sira_jax.checkpoints.orbax import Checkpointer
 from sira_jax.errors import CheckpointError, ConfigError, TrainingError
 from sira_jax.files import write_text
 from sira_jax.models import Model
-from sira_jax.training import partitioning
+from sira_jax.training import multihost, partitioning
 from sira_jax.training.config import ExperimentConfig, make_experiment
-from sira_jax.training.logging import MetricsLog, Progress
+from sira_jax.training.logging import MetricsLog, Progress, SilentLog
 from sira_jax.training.optimizers import make_optimizer, make_schedule
 from sira_jax.training.train_state import (
     TrainState,
@@ -36,7 +36,7 @@ CONFIG_FILE = "config.json"
 # Fields that a resumed run may change: they steer how long and how often, not what a step computes.
 _MAY_CHANGE = {
     "train": {"log_every", "eval_every", "checkpoint_every", "keep_checkpoints"},
-    "mesh": {"data", "fsdp", "tensor", "expert"},
+    "mesh": None,
     "decode": None,
     "evaluate": None,
     "model": {"path", "remat_policy"},
@@ -142,7 +142,7 @@ class Trainer:
       experiment: the config.
       model: decoder with the adapter to train.
       frozen: parameters of the base, placed on the mesh.
-      data: batches; restored together with the state.
+      data: batches, this process's rows of each (`BatchLayout.rows`); restored together with the state.
       workdir: run directory; made if missing.
       mesh: devices.
       evaluate: called with the adapter's parameters at every evaluation, returns metrics by name.
@@ -167,7 +167,9 @@ class Trainer:
         self._data, self._mesh, self._evaluate = data, mesh, evaluate
         self._workdir = Path(workdir)
         self._tensorboard = tensorboard
-        partitioning.check_batch(mesh, experiment.data.batch_size, train.accumulation_steps)
+        self._rules = partitioning.make_rules(experiment.mesh)
+        self._layout = partitioning.BatchLayout(mesh, experiment.data.batch_size, self._rules)
+        partitioning.check_batch(mesh, self._layout.size, train.accumulation_steps, self._rules)
         schedule = make_schedule(experiment.optimizer, train.num_steps)
         self._optimizer = make_optimizer(experiment.optimizer, train.num_steps)
         step = make_train_step(
@@ -183,7 +185,7 @@ class Trainer:
         self.state = self._init_state()
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
         self._step = jax.jit(
-            step,
+            partitioning.placed(step, mesh, self._rules),
             donate_argnums=0,
             out_shardings=(shardings, partitioning.replicated(mesh)),
         )
@@ -192,10 +194,9 @@ class Trainer:
         self._window = _Window()
 
     def _init_state(self) -> TrainState:
-        adapter = init_adapter(self._model, self._experiment.train.seed)
-        shapes = abstract_adapter(self._model, self._mesh)
+        shapes = abstract_adapter(self._model, self._mesh, self._rules)
         shardings = jax.tree.map(lambda x: x.sharding, shapes)
-        adapter = jax.device_put(adapter, shardings)
+        adapter = init_adapter(self._model, self._experiment.train.seed, shardings)
         everywhere = partitioning.replicated(self._mesh)
         trained = split_trained(adapter)[0]
         layout = partitioning.optimizer_shardings(
@@ -245,16 +246,15 @@ class Trainer:
           TrainingError: if a loss or gradient is no finite number; names the step and the last good checkpoint.
         """
         train = self._experiment.train
-        self._workdir.mkdir(parents=True, exist_ok=True)
         start = self.resume()
-        write_text(self._workdir / CONFIG_FILE, json.dumps(self._meta, indent=1) + "\n")
-        log = MetricsLog(self._workdir, start_step=start, tensorboard=self._tensorboard)
-        bar = Progress(train.num_steps, initial=start, description="train")
+        log, bar = self._start_logs(start)
+        vote = multihost.StopVote(self._mesh)
         self._window.restart_clock()
         with _StopSignal() as stop:
             try:
                 for step in range(start + 1, train.num_steps + 1):
-                    batch = self._put(self._data.next_batch())
+                    agreed = vote(stop.received)
+                    batch = self._layout.put(self._data.next_batch())
                     self.state, metrics = self._step(self.state, self._frozen, batch)
                     metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
                     self._check_finite(step, metrics, _MUST_BE_FINITE)
@@ -267,12 +267,12 @@ class Trainer:
                     results = None
                     if last or (train.eval_every and step % train.eval_every == 0):
                         results = self._evaluate_and_log(step, log)
-                    stopping = stop.received is not None
+                    stopping = agreed()
                     if step % train.checkpoint_every == 0 or last or stopping or results:
                         self._save(step, results)
                     self._window.restart_clock()
                     if stopping and not last:
-                        return stop.received
+                        return stopping
                 return "done"
             finally:
                 # Still under the handler: a second SIGTERM must not cut off the save that the first one asked for.
@@ -280,12 +280,15 @@ class Trainer:
                 bar.close()
                 log.close()
 
-    def _put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        sharding = partitioning.batch_sharding(self._mesh)
-        return {
-            name: jax.make_array_from_process_local_data(sharding, value)
-            for name, value in batch.items()
-        }
+    def _start_logs(self, start: int) -> tuple[MetricsLog | SilentLog, Progress]:
+        """The log and the bar, of which only the main process has visible ones."""
+        num_steps = self._experiment.train.num_steps
+        if not multihost.is_main():
+            return SilentLog(), Progress(num_steps, initial=start, hidden=True)
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        write_text(self._workdir / CONFIG_FILE, json.dumps(self._meta, indent=1) + "\n")
+        log = MetricsLog(self._workdir, start_step=start, tensorboard=self._tensorboard)
+        return log, Progress(num_steps, initial=start, description="train")
 
     def _check_finite(self, step: int, metrics: Mapping[str, float], names: Iterable[str]) -> None:
         for name in names:

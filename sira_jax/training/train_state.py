@@ -12,6 +12,7 @@ from sira_jax.adapters import is_adapter, partition, split_trained
 from sira_jax.models import Model
 from sira_jax.models.adapter_init import fresh_adapter
 from sira_jax.training import partitioning
+from sira_jax.training.axis_rules import Rules
 
 Params = dict[str, Any]
 
@@ -55,22 +56,31 @@ def abstract_params(model: Model) -> Params:
     return jax.eval_shape(model.init, jax.random.key(0), model.init_batch())["params"]
 
 
-def abstract_adapter(model: Model, mesh: jax.sharding.Mesh) -> Params:
+def abstract_adapter(
+    model: Model, mesh: jax.sharding.Mesh, rules: Rules = partitioning.RULES
+) -> Params:
     """Shapes, types and shardings of `init_adapter`'s tree on a mesh, without computing it."""
-    shardings = partitioning.param_shardings(split_params(abstract_params(model))[0], mesh)
+    abstract = split_params(abstract_params(model))[0]
+    shardings = partitioning.param_shardings(abstract, mesh, rules)
     shapes = jax.eval_shape(lambda key: fresh_adapter(model, key), jax.random.key(0))
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )
 
 
-def init_adapter(model: Model, seed: int) -> Params:
+def init_adapter(model: Model, seed: int, shardings: Any = None) -> Params:
     """Fresh parameters of the adapter, float32; see `models.fresh_adapter`.
+
+    Args:
+      model: with the adapter.
+      seed: of the draws, whose result does not depend on the shardings.
+      shardings: where each leaf goes; None is the default device.
 
     Raises:
       ConfigError: if the adapter's targets match no projection of the model.
     """
-    return jax.jit(fresh_adapter, static_argnums=0)(model, jax.random.key(seed))
+    init = jax.jit(fresh_adapter, static_argnums=0, out_shardings=shardings)
+    return init(model, jax.random.key(seed))
 
 
 def count(tree: Any) -> int:

@@ -17,6 +17,7 @@ import optax
 
 from sira_jax.adapters import SecondPass, StepInfo, split_trained
 from sira_jax.models import Model
+from sira_jax.placement import constrain
 from sira_jax.routing import RouterStats
 from sira_jax.training.optimizers import restart_moments
 from sira_jax.training.train_state import TrainState, merge_params
@@ -312,7 +313,10 @@ def _scale_gradient(x: jax.Array, factor: float) -> jax.Array:
 
 def _accumulate(gradient: Callable, batch: Batch, parts: int) -> tuple[Any, dict]:
     """Sums `gradient` over microbatches, one after another, holding one microbatch's activations at a time."""
-    split = {name: x.reshape(parts, -1, *x.shape[1:]) for name, x in batch.items()}
+    split = {
+        name: constrain(x.reshape(parts, -1, *x.shape[1:]), None, "batch", *[None] * (x.ndim - 1))
+        for name, x in batch.items()
+    }
     shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], split), 0)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 

@@ -162,13 +162,14 @@ def test_a_state_is_not_changed_by_going_on():
     assert state == copy
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_processes_hold_the_rows_of_one_global_batch(count):
+@pytest.mark.parametrize("shares", [[(0, 1), (2, 3)], [(0, 2), (1, 3)], [(0,), (1,), (2,), (3,)]])
+def test_processes_hold_the_rows_of_one_global_batch(shares):
     whole = pipeline()
-    parts = [pipeline(process_index=i, process_count=count) for i in range(count)]
+    parts = [pipeline(rows=rows) for rows in shares]
     for _ in range(5):
         expected, batches = whole.next_batch(), [part.next_batch() for part in parts]
-        assert_equal(expected, {k: np.concatenate([b[k] for b in batches]) for k in expected})
+        for rows, batch in zip(shares, batches, strict=True):
+            assert_equal({k: v[list(rows)] for k, v in expected.items()}, batch)
     for part in parts:
         assert part.state() == whole.state()
 
@@ -223,8 +224,10 @@ def test_a_state_without_its_fields():
         ({"length": 0}, "length=0"),
         ({"seed": -1}, "seed=-1"),
         ({"too_long": "cut"}, "too_long='cut'"),
-        ({"process_count": 3}, "batch_size=4 is not allowed: a multiple of process_count=3"),
-        ({"process_index": 1}, "process_index=1"),
+        ({"rows": (1, 4)}, "rows=.* is not allowed: ascending ones of the 4 of a batch"),
+        ({"rows": (1, 0)}, "rows="),
+        ({"rows": (1, 1)}, "rows="),
+        ({"rows": ()}, "rows="),
         ({"rates": (1.0,)}, "rates=.*one for each of 3 tasks"),
         ({"rates": (1.0, -1.0, 1.0)}, "rates="),
         ({"rates": (0.0, 0.0, 0.0)}, "rates="),
@@ -283,8 +286,7 @@ def test_eval_batches_over_processes():
                 TASKS,
                 batch_size=4,
                 converter=DecoderFeatures(length=24),
-                process_index=i,
-                process_count=2,
+                rows=range(2 * i, 2 * i + 2),
             )
         )
         for i in range(2)
