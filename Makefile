@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-all lint format parity-setup clean
+.PHONY: help setup demo test test-all lint format parity-setup precompile-setup clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -31,6 +31,10 @@ test-all: $(READY)  ## everything, the slow checks too; parity checks run where 
 
 parity-setup: $(READY)  ## install torch (CPU) and transformers, for the parity tests
 	$(PY) -m pip install --disable-pip-version-check -q -e '.[parity]'
+
+# Beside the environment and not in it: with libtpu among its packages, every program would look for TPUs first.
+precompile-setup: $(READY)  ## fetch libtpu into .libtpu, for scripts/precompile.py (the version that jax[tpu] names)
+	$(PY) -m pip install --disable-pip-version-check -q --no-deps --upgrade --target .libtpu 'libtpu==0.0.42.*'
 
 lint: $(READY)  ## ruff check and ruff format --check
 	@$(VENV)/bin/ruff check .

@@ -10,6 +10,7 @@ It is an estimate from below: no overhead, no vector units' limits, no communica
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 
 from scripts.chips import Chip
@@ -73,18 +74,10 @@ def _passes(run: Run, module: Module) -> int:
     parts = [run.instruction]
     if run.instruction.opcode == "fusion":
         parts = list(module.called(run.instruction, "calls").instructions.values())
-    most = 1
-    for part in parts:
-        precision = part.attribute("operand_precision") or ""
-        if part.opcode in ("dot", "convolution"):
-            most = max(
-                [
-                    most,
-                    *(
-                        n
-                        for name, n in _PASSES.items()
-                        if name in precision.split("{")[-1].strip("}").split(",")
-                    ),
-                ]
-            )
-    return most
+    asked = [
+        precision
+        for part in parts
+        if part.opcode in ("dot", "convolution")
+        for precision in re.findall(r"\w+", part.attribute("operand_precision") or "")
+    ]
+    return max((_PASSES.get(precision, 1) for precision in asked), default=1)
