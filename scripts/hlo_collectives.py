@@ -7,18 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from scripts.hlo_costs import Counter
+from scripts.hlo_costs import COLLECTIVES, Counter
 from scripts.hlo_text import Array, Instruction, Module, leaves
-
-KINDS = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +16,7 @@ class Collective:
     """One instruction that communicates.
 
     Attributes:
-      kind: one of KINDS.
+      kind: "all-gather", "all-reduce" or another of `hlo_costs.COLLECTIVES`.
       arrays: what each device gets of an all-gather or an all-to-all, and what it gives to the others.
       group: devices that take part together.
       axes: the mesh axes they differ along.
@@ -71,12 +61,16 @@ class Mesh:
 def find(counter: Counter, module: Module, mesh: Mesh) -> list[Collective]:
     """All collectives of a program, also those inside fusions, in the order they run. Groups of one device are left out."""
     found = []
+    seen: set[str] = set()
     for run in counter.runs:
         for instruction in _inside(module, run.instruction):
-            kind = instruction.opcode.removesuffix("-start")
-            if kind not in KINDS:
+            # The pieces of one that runs beside several fusions share their channel.
+            channel = instruction.attribute("channel_id")
+            if instruction.opcode not in COLLECTIVES or channel in seen:
                 continue
+            seen |= {channel} - {None}
             group = first_group(instruction, math.prod(mesh.axes.values()))
+            kind = instruction.opcode.removesuffix("-start")
             if len(group) > 1:
                 found.append(
                     Collective(

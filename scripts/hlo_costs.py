@@ -18,7 +18,7 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from scripts.hlo_text import Array, Computation, Instruction, Module, leaves, trip_count
+from scripts.hlo_text import Array, Computation, Instruction, Module, Type, leaves, trip_count
 
 # These take no time: names for what is there already, or the end of what `-start` began.
 _FREE_NAMES = """
@@ -40,6 +40,22 @@ _FREE = frozenset(_FREE_NAMES.split())
 _MOVES = _FREE | frozenset(_MOVE_NAMES.split())
 _TRANSCENDENTAL = frozenset(_TRANSCENDENTAL_NAMES.split())
 _SLICES = ("dynamic-slice", "slice", "gather")
+COLLECTIVES = frozenset(
+    f"{kind}{start}"
+    for kind in (
+        "all-gather",
+        "all-reduce",
+        "reduce-scatter",
+        "all-to-all",
+        "ragged-all-to-all",
+        "collective-permute",
+        "collective-broadcast",
+    )
+    for start in ("", "-start")
+)
+# TPUs start a collective in one fusion, let it run beside the work of the next ones, each of which repeats it, and end it in
+# another.
+_ASYNC, _START = "AsyncCollective", "AsyncCollectiveStart"
 # The custom calls of the compiler that only reserve memory or mark a place.
 _NO_TRAFFIC = ("AllocateBuffer", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape")
 
@@ -100,13 +116,14 @@ class Counter:
     Args:
       module: the optimized program of one device.
       loops: multiply what is in a loop by its trips; False counts each body once.
+      on_chip: count traffic of memory on the chip as if it were main memory's, as the compiler's analysis does.
 
     Attributes:
       unknown_loops: names of loops whose trips the text does not tell; their body is counted once.
     """
 
-    def __init__(self, module: Module, loops: bool = True):
-        self._module, self._loops = module, loops
+    def __init__(self, module: Module, loops: bool = True, on_chip: bool = False):
+        self._module, self._loops, self._on_chip = module, loops, on_chip
         self.unknown_loops: list[str] = []
 
     @functools.cached_property
@@ -184,87 +201,105 @@ class Counter:
             return Cost(other_flops=longest * math.ceil(math.log2(max(longest, 2))))
         return Cost(other_flops=size)
 
+    def _bytes(self, *kinds: Type) -> int:
+        """Bytes of the arrays of types, those that lie in main memory."""
+        arrays = (array for kind in kinds for array in leaves(kind))
+        return sum(array.nbytes for array in arrays if self._on_chip or array.space == 0)
+
     def _traffic(self, instruction: Instruction) -> tuple[float, float]:
         """Bytes of main memory (read, written)."""
         opcode = instruction.opcode
         if opcode == "custom-call" and any(name in instruction.attributes for name in _NO_TRAFFIC):
             return 0, 0
         operands = [self._module.operand(instruction, i) for i in range(len(instruction.operands))]
-        results = list(leaves(instruction.type))
-        if opcode in ("copy-start", "all-gather-start", "all-reduce-start"):
-            # Their type lists operand, result and a handle.
-            results = _started(instruction, results)
+        result = _result(instruction)
         if opcode == "fusion":
             inside = self._module.called(instruction, "calls")
             read = sum(
-                self._read_of_parameter(inside, inside.parameters[number], _in_main(operand))
+                self._read_of_parameter(inside, inside.parameters[number])
                 for number, operand in enumerate(operands)
+                if self._bytes(operand.type)
             )
-            return read, self._written(inside, results)
+            return read, self._written(inside, result)
         if opcode in _SLICES:
-            part = sum(array.nbytes for array in results)
-            read = part if _in_main(operands[0]) else 0
-            return read, sum(map(_main_bytes, results))
+            # As much of the operand as there is of the result.
+            read = _size(result) if self._bytes(operands[0].type) else 0
+            return read, self._bytes(result)
         if opcode == "dynamic-update-slice":
             update = operands[1].type
-            return _main_bytes(update), update.nbytes if results[0].space == 0 else 0
+            return self._bytes(update), _size(update) if self._bytes(result) else 0
         if opcode == "scatter":
-            updates = operands[-1].type
-            read = sum(_main_bytes(a) for o in operands[1:] for a in leaves(o.type))
-            changed = updates.nbytes if results[0].space == 0 else 0
-            return read + changed, changed
-        distinct = {operand.name: operand for operand in operands}.values()
-        read = sum(_main_bytes(a) for operand in distinct for a in leaves(operand.type))
-        return read, sum(map(_main_bytes, results))
+            changed = _size(operands[-1].type) if self._bytes(result) else 0
+            return self._bytes(*(operand.type for operand in operands[1:])) + changed, changed
+        distinct = {operand.name: operand.type for operand in operands}.values()
+        return self._bytes(*distinct), self._bytes(result)
 
-    def _read_of_parameter(self, inside: Computation, value: Instruction, in_main: bool) -> float:
-        """What a fused computation reads of a parameter, or of a `bitcast` of one."""
-        if not in_main:
-            return 0
-        whole = sum(array.nbytes for array in leaves(value.type))
+    def _read_of_parameter(self, inside: Computation, value: Instruction) -> float:
+        """What a fused computation reads of a parameter in main memory, or of a `bitcast` of one."""
+        whole = _size(value.type)
         read = 0.0
         for user in inside.users[value.name]:
             first = user.operands[0] == value.name and user.operands.count(value.name) == 1
             if user.opcode in _SLICES and first:
-                read += sum(array.nbytes for array in leaves(user.type))
+                read += _size(user.type)
             elif user.opcode == "dynamic-update-slice" and first:
                 # In place: what is not updated stays where it is.
                 continue
             elif user.opcode == "bitcast":
-                read += self._read_of_parameter(inside, user, True)
+                read += self._read_of_parameter(inside, user)
             elif user.opcode == "fusion":
                 nested = self._module.called(user, "calls")
                 read += sum(
-                    self._read_of_parameter(nested, nested.parameters[number], True)
+                    self._read_of_parameter(nested, nested.parameters[number])
                     for number, name in enumerate(user.operands)
                     if name == value.name
                 )
-            else:
+            elif not _is_handed_on(inside, user):
                 return whole
         return min(read, whole)
 
-    def _written(self, inside: Computation, results: list[Array]) -> float:
-        """What a fused computation writes of its result, whose arrays outside are `results`."""
+    def _written(self, inside: Computation, result: Type) -> float:
+        """What a fused computation writes of its result, whose type outside is `result`."""
         root = inside.root
-        parts = [root]
-        if root.opcode == "tuple":
-            parts = [inside.instructions[name] for name in root.operands]
-        if len(parts) != len(results):
-            return sum(map(_main_bytes, results))
-        pairs = zip(parts, results, strict=True)
-        return sum(self._written_part(inside, part) for part, out in pairs if out.space == 0)
+        if _is_async(root):
+            # A collective's start has (operand, result, flags ...), and its end hands on the result.
+            return self._bytes(result[1]) if _START in root.attributes else 0
+        if root.opcode != "tuple":
+            return self._written_part(inside, root) if self._bytes(result) else 0
+        parts = [inside.instructions[name] for name in root.operands]
+        pairs = zip(parts, result, strict=True)
+        return sum(self._written_part(inside, part) for part, out in pairs if self._bytes(out))
 
     def _written_part(self, inside: Computation, part: Instruction) -> float:
-        whole = sum(array.nbytes for array in leaves(part.type))
+        whole = _size(part.type)
         while part.opcode == "bitcast":
             part = inside.instructions[part.operands[0]]
+        if part.opcode == "parameter" or part.opcode in COLLECTIVES:
+            # Handed on, or written by a collective that is under way beside the fusion's work.
+            return 0
         if part.opcode == "dynamic-update-slice":
-            return self._module.operand(part, 1).type.nbytes
+            return _size(self._module.operand(part, 1).type)
         if part.opcode == "fusion":
             nested = self._module.called(part, "calls")
             if nested.root.opcode != "tuple":
                 return self._written_part(nested, nested.root)
         return whole
+
+
+def _size(kind: Type) -> int:
+    return sum(array.nbytes for array in leaves(kind))
+
+
+def _is_async(instruction: Instruction) -> bool:
+    """Whether it is the compiler's mark for the start or the end of a collective that runs beside other work."""
+    return instruction.opcode == "custom-call" and _ASYNC in instruction.attributes
+
+
+def _is_handed_on(inside: Computation, user: Instruction) -> bool:
+    """Whether a fusion only hands on what `user` takes: to its result, or to a collective that another fusion started."""
+    if user.opcode in COLLECTIVES:
+        return not (_is_async(inside.root) and _START in inside.root.attributes)
+    return _is_async(user) or (user.opcode == "tuple" and user is inside.root)
 
 
 def dot_flops(module: Module, dot: Instruction) -> float:
@@ -350,19 +385,10 @@ def _window_pads(window: str, count: int) -> list[int]:
     return [0] * count
 
 
-def _started(instruction: Instruction, results: list[Array]) -> list[Array]:
-    """The arrays that a `-start` writes, of the (operands, results, ...) of its type."""
-    kind = instruction.type
+def _result(instruction: Instruction) -> Type:
+    """The type of what an instruction writes; a `-start`'s type lists operands and handles besides."""
     if instruction.opcode == "copy-start":
-        return [kind[0]]
-    if instruction.opcode == "all-gather-start":
-        return list(leaves(kind[1]))
-    return results
-
-
-def _in_main(operand: Instruction) -> bool:
-    return any(array.space == 0 for array in leaves(operand.type))
-
-
-def _main_bytes(array: Array) -> int:
-    return array.nbytes if array.space == 0 else 0
+        return instruction.type[0]
+    if instruction.opcode == "all-gather-start" and not isinstance(instruction.type, Array):
+        return instruction.type[1]
+    return instruction.type

@@ -49,7 +49,7 @@ class Measured:
       name: of the adapter, or "floor".
       memory: see Memory.
       cost: of one call, loops by their trips.
-      once: the same with each loop's body counted once, to hold against `reported`.
+      once: with each loop's body counted once and memory on the chip as well, to hold against `reported`.
       reported: (FLOPs, bytes) of the compiler's own analysis, which counts bodies once; None where it gives none.
       collectives: of one call.
       estimate: of the time of one call.
@@ -92,7 +92,7 @@ def measure(name: str, program: Program, mesh: Mesh, chip: Chip) -> Measured:
     end = time.perf_counter()
     text = compiled.as_text()
     module = parse(text)
-    counter, once = Counter(module), Counter(module, loops=False)
+    counter, once = Counter(module), Counter(module, loops=False, on_chip=True)
     axes = hlo_collectives.Mesh(dict(mesh.shape))
     collectives = hlo_collectives.find(counter, module, axes)
     estimate = roofline.estimate(

@@ -9,7 +9,8 @@ from scripts.arguments import parse_value
 from scripts.precompile_programs import Setting
 from sira_jax.adapters import METHODS, AdapterConfig, make_config
 from sira_jax.errors import check
-from sira_jax.models import DEPTHS, EncoderDecoderConfig, preset
+from sira_jax.models import DEPTHS, EncoderDecoderConfig
+from sira_jax.models.presets import preset
 from sira_jax.training import partitioning
 from sira_jax.training.config import MeshConfig
 
