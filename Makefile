@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-all test-t5x lint format parity-setup t5x-setup clean
+.PHONY: help setup demo test test-all test-t5x lint format parity-setup t5x-setup precompile-setup clean
 .PHONY: table-single table-multilingual table-multitask table-ablations
 
 # Of the tables: SCALE is laptop, paper or paper-SIZE; the same command goes on after a stop.
@@ -63,6 +63,10 @@ define make_table
 	status=$$?; [ $$status -le 1 ] || exit $$status; \
 	$(PY) scripts/make_tables.py --kind=$(1) --runs=$(TABLES)/$(1) --out=$(TABLES)/$(1)/report && exit $$status
 endef
+
+# Beside the environment and not in it: with libtpu among its packages, every program would look for TPUs first.
+precompile-setup: $(READY)  ## fetch libtpu into .libtpu, for scripts/precompile.py (the version that jax[tpu] names)
+	$(PY) -m pip install --disable-pip-version-check -q --no-deps --upgrade --target .libtpu 'libtpu==0.0.42.*'
 
 lint: $(READY)  ## ruff check and ruff format --check
 	@$(VENV)/bin/ruff check .

@@ -131,8 +131,11 @@ def _is_stop(tokens: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
     return jnp.any(tokens[..., None] == jnp.asarray(eos_ids), axis=-1)
 
 
-def _prefill(model: Model, params: Any, batch: Any, cache_length: int) -> tuple[jax.Array, Any]:
-    """Runs the prompts; only the last position's logits are computed, which left padding makes the next token's."""
+def prefill(model: Model, params: Any, batch: Any, cache_length: int) -> tuple[jax.Array, Any]:
+    """Runs the prompts of a batch as `left_pad` or `for_encoder` makes it: the next token's logits (B, V), and the cache.
+
+    Only the last position's logits are computed, which left padding makes the next token's.
+    """
     features_BTD, variables = model.apply(
         {"params": params}, batch, cache_length=cache_length, method="features", mutable=["cache"]
     )
@@ -150,18 +153,31 @@ def _extend(
     }
     if search.adapter_ids_R is not None:
         batch["adapter_ids"] = search.adapter_ids_R
-    logits_R1V, variables = model.apply(
-        {"params": params, "cache": search.cache},
-        batch,
-        cache_length=cache_length,
-        mutable=["cache"],
-    )
+    logits_RV, cache = decode_step(model, params, search.cache, batch, cache_length)
     return search.replace(
-        cache=variables["cache"],
-        logits_RV=logits_R1V[:, 0],
+        cache=cache,
+        logits_RV=logits_RV,
         positions_R=search.positions_R + 1,
         count=search.count + 1,
     )
+
+
+def decode_step(
+    model: Model, params: Any, cache: Any, batch: Any, cache_length: int
+) -> tuple[jax.Array, Any]:
+    """One step of any search: feeds one token a row and returns the next one's logits (R, V) and the cache with it.
+
+    Args:
+      model: any.
+      params: all its parameters.
+      cache: its collection `cache` (see `prefill`).
+      batch: `decoder_input_tokens` and `decoder_positions` (R, 1), and with an `AdapterSet` `adapter_ids` (R,).
+      cache_length: slots of the cache.
+    """
+    logits_R1V, variables = model.apply(
+        {"params": params, "cache": cache}, batch, cache_length=cache_length, mutable=["cache"]
+    )
+    return logits_R1V[:, 0], variables["cache"]
 
 
 def _map_rows(cache: Any, scanned: bool, function: Callable[[jax.Array, int], jax.Array]) -> Any:
@@ -189,7 +205,7 @@ def _generate(
     """Greedy search or sampling: (tokens_BM, scores_B), scores being summed log-probabilities of the model."""
     rows, length = batch["decoder_input_tokens"].shape
     limit = config.max_new_tokens
-    logits_BV, cache = _prefill(model, params, batch, length + limit)
+    logits_BV, cache = prefill(model, params, batch, length + limit)
     start = _Search(
         count=jnp.int32(0),
         cache=cache,
@@ -245,7 +261,7 @@ def _beam_search(
     batch_size, length = batch["decoder_input_tokens"].shape
     beams, limit = config.num_beams, config.max_new_tokens
     scanned = model.config.scan_layers
-    logits_BV, cache = _prefill(model, params, batch, length + limit)
+    logits_BV, cache = prefill(model, params, batch, length + limit)
     cache = _map_rows(cache, scanned, lambda x, axis: jnp.repeat(x, beams, axis=axis))
     rows = batch_size * beams
     ids_B = batch.get("adapter_ids")
