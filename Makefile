@@ -42,7 +42,7 @@ t5x-setup: $(READY)  ## install what T5X imports from PyPI; T5X itself is not th
 	$(PY) -m pip install --disable-pip-version-check -q -e '.[t5x]'
 
 test-t5x: t5x-setup  ## the tests with T5X: T5X_PATH= and AIRIO_PATH= are clones
-	@PYTHONPATH="$(abspath $(T5X_PATH)):$(abspath $(AIRIO_PATH)):$$PYTHONPATH" $(PY) -m pytest -n 1 tests/t5x
+	@REQUIRE_T5X=1 PYTHONPATH="$(abspath $(T5X_PATH)):$(abspath $(AIRIO_PATH)):$$PYTHONPATH" $(PY) -m pytest -n 1 tests/t5x
 
 table-single: $(READY)  ## a method on one task, all cells and seeds: docs/experiments.md has the times
 	@$(call make_table,single)
