@@ -58,6 +58,7 @@ WRONG = {
     "optimizer.weight_decay": [-1, NAN],
     "optimizer.beta1": [-0.1, 1.0, 1.5],
     "optimizer.beta2": [-0.1, 1.0, None],
+    "data.target_length": [-1, 0.5],
     "optimizer.epsilon": [-1e-8, 0, NAN],
     "optimizer.clip_norm": [0, -1.0, NAN, "1"],
     "train.num_steps": [0, 1.0, True, None],
