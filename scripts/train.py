@@ -63,10 +63,11 @@ def main(argv: list[str]) -> int:
         plan = assemble.Plan(experiment)
         outcome = train(plan, Path(WORKDIR.value), tensorboard=TENSORBOARD.value)
         is_main = multihost.is_main()
-    if outcome != "done" and is_main:
+    if outcome == "done":
+        return 0
+    if is_main:
         print(f"stopped by {outcome} after saving; the same command goes on from there")
-        return STOPPED_STATUS.value
-    return 0
+    return STOPPED_STATUS.value
 
 
 def train(plan: assemble.Plan, workdir: Path, *, tensorboard: bool = True) -> str:

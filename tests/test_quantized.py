@@ -14,8 +14,10 @@ from sira_jax.errors import ConfigError
 from sira_jax.models import Decoder
 from sira_jax.training.config import ModelSource
 from sira_jax.training.train_state import merge_params, split_params
+from tests import make_stories260k, stories260k
 from tests.adapters.test_every_method import FIELDS
 from tests.hf_models import TINY_LLAMA, weights_by_rule, write_folder
+from tests.quantized_quality import losses
 from tests.tiny import decoder_config, decoder_params, make_batch
 
 NF4 = np.asarray(
@@ -48,9 +50,10 @@ def reference(kernel, kind):
                     rounded = NF4[nearest] * most
                 else:
                     # qwix spreads the range over half a step more than the largest integer.
-                    steps = {"int8": 127.5, "int4": 7.5}[kind]
-                    rounded = np.clip(np.round(part / most * steps), -(steps + 0.5), steps - 0.5)
-                    rounded = rounded * most / steps
+                    # In float32, as the largest lies on the border between two.
+                    steps = np.float32({"int8": 127.5, "int4": 7.5}[kind])
+                    scale = most / steps
+                    rounded = np.clip(np.round(part / scale), -steps - 0.5, steps - 0.5) * scale
                 out[layer, start : start + block, column] = rounded
     return out
 
@@ -132,7 +135,7 @@ def test_layers_keep_no_whole_copy_of_the_base():
     model = Decoder(decoder_config(num_layers=3), METHODS["lora"]())
     adapter_tree, frozen = split_params(decoder_params(model))
     held = quantized_tree(frozen, "int8")
-    batch = make_batch([(5, 3)], 8)
+    batch = make_batch([(5, 3)], 11)
 
     def loss(adapter_tree):
         logits = model.apply({"params": merge_params(adapter_tree, held)}, batch)
@@ -195,3 +198,14 @@ def test_without_qwix_the_option_is_a_mistake(monkeypatch):
     quantized.check_available("none")
     with pytest.raises(ConfigError, match=r"model\.quantization='nf4'.*qwix is not installed"):
         quantized.check_available("nf4")
+
+
+@needs_qwix
+@pytest.mark.skipif(not stories260k.is_there(), reason="stories260K is not there")
+def test_a_real_model_loses_little(tmp_path):
+    make_stories260k.write(tmp_path)
+    got = losses(str(tmp_path), stories=8, length=64)
+    rise = {kind: value - got["none"] for kind, value in got.items()}
+    assert abs(rise["int8"]) < 0.01
+    assert rise["int8"] < min(rise["int4"], rise["nf4"])
+    assert max(rise.values()) < 0.3

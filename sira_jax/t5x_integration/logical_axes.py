@@ -48,8 +48,7 @@ def logical_axis_rules(
         ("kv_heads", "model"),
         ("expert", expert),
         ("rank", rank),
-        ("adapter_in", None),
-        ("adapter_out", None),
+        *((f"adapter_{name}", None) for name in ("embed", "heads", "kv_heads", "mlp")),
         ("norm", None),
     ]
     return partitioning.standard_logical_axis_rules(

@@ -56,7 +56,7 @@ def _decoder(adapter):
     model = Decoder(decoder_config(vocab_size=VOCAB), adapter)
     lengths = [(5, 3), (7,), (4, 2, 2), (8,), (6,), (3, 3), (8,), (2, 5)]
     batches = [make_batch(lengths, LENGTH, seed=step, vocab=VOCAB) for step in range(STEPS)]
-    return model, decoder_params(model), batches
+    return model, decoder_params(model, scale=0.25), batches
 
 
 def _encoder_decoder(adapter):
@@ -64,7 +64,7 @@ def _encoder_decoder(adapter):
     model = EncoderDecoder(config, adapter)
     pairs = [[(6, 2)], [(3, 5)], [(4, 3), (4, 2)], [(8, 6)], [(2, 2)], [(5, 4)], [(7, 1)], [(3, 3)]]
     batches = [t5_batch(pairs, (LENGTH, LENGTH), seed=step, vocab=VOCAB) for step in range(STEPS)]
-    return model, t5_params(model), batches
+    return model, t5_params(model, scale=0.25), batches
 
 
 KINDS = {"decoder": _decoder, "encoder_decoder": _encoder_decoder}
