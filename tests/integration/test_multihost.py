@@ -23,7 +23,7 @@ from tests.hf_models import TINY_LLAMA, weights_by_rule, write_folder
 
 REPO = Path(__file__).resolve().parents[2]
 STEPS = 24
-PATIENCE = 12
+PATIENCE = 60
 
 CONFIG = """
 from configs import base
