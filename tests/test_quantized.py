@@ -35,27 +35,9 @@ def drawn(shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def reference(kernel, kind):
-    """Rounds each column, or each block of a column, by itself."""
-    out = np.empty_like(kernel)
-    layers, rows, columns = kernel.shape
-    block = rows if kind == "int8" else np.gcd(rows, quantized.BLOCK)
-    for layer in range(layers):
-        for column in range(columns):
-            for start in range(0, rows, block):
-                part = kernel[layer, start : start + block, column]
-                most = np.max(np.abs(part))
-                if kind == "nf4":
-                    nearest = np.argmin(np.abs(part[:, None] / most - NF4), axis=1)
-                    rounded = NF4[nearest] * most
-                else:
-                    # qwix spreads the range over half a step more than the largest integer.
-                    # In float32, as the largest lies on the border between two.
-                    steps = np.float32({"int8": 127.5, "int4": 7.5}[kind])
-                    scale = most / steps
-                    rounded = np.clip(np.round(part / scale), -steps - 0.5, steps - 0.5) * scale
-                out[layer, start : start + block, column] = rounded
-    return out
+# Multiples of a block's largest magnitude that its numbers are rounded to. qwix spreads it over half a step more than the
+# largest integer.
+GRIDS = {"int8": np.arange(-128, 128) / 127.5, "int4": np.arange(-8, 8) / 7.5, "nf4": NF4}
 
 
 needs_qwix = pytest.mark.skipif(
@@ -71,9 +53,16 @@ def test_values_are_rounded_column_by_column(kind, shape):
     kernel = drawn(shape)
     held = quantized.quantize(jnp.asarray(kernel), kind)
     assert quantized.is_quantized(held)
-    np.testing.assert_allclose(
-        quantized.dequantize(held), reference(kernel, kind), rtol=1e-5, atol=1e-6
-    )
+    rounded = np.asarray(quantized.dequantize(held))
+    rows = shape[1]
+    block = rows if kind == "int8" else np.gcd(rows, quantized.BLOCK)
+    for layer, column, start in np.ndindex(shape[0], shape[2], rows // block):
+        here = (layer, slice(start * block, (start + 1) * block), column)
+        grid = GRIDS[kind] * np.max(np.abs(kernel[here]))
+        # The nearest of the grid, either of two where it lies between them, as the largest magnitude does.
+        least = np.min(np.abs(kernel[here][:, None] - grid), axis=1)
+        np.testing.assert_allclose(np.abs(rounded[here] - kernel[here]), least, atol=1e-5)
+        assert np.max(np.min(np.abs(rounded[here][:, None] - grid), axis=1)) < 1e-5
     bits = {"int8": 8}.get(kind, 4)
     assert jax.dtypes.itemsize_bits(held.qvalue.dtype) == bits
     assert held.scale.dtype == jnp.float32
