@@ -4,10 +4,16 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-all lint format parity-setup precompile-setup clean
+.PHONY: help setup demo test test-all test-t5x lint format parity-setup t5x-setup precompile-setup clean
+.PHONY: table-single table-multilingual table-multitask table-ablations
+
+# Of the tables: SCALE is laptop, paper or paper-SIZE; the same command goes on after a stop.
+SCALE ?= laptop
+WORKERS ?= 1
+TABLES ?= runs/tables/$(SCALE)
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 setup: $(READY)  ## make .venv and install the requirements
 
@@ -35,6 +41,32 @@ parity-setup: $(READY)  ## install torch (CPU) and transformers, for the parity 
 # Beside the environment and not in it: with libtpu among its packages, every program would look for TPUs first.
 precompile-setup: $(READY)  ## fetch libtpu into .libtpu, for scripts/precompile.py (the version that jax[tpu] names)
 	$(PY) -m pip install --disable-pip-version-check -q --no-deps --upgrade --target .libtpu 'libtpu==0.0.42.*'
+
+t5x-setup: $(READY)  ## install what T5X imports from PyPI; T5X itself is not there, see docs/t5x.md
+	$(PY) -m pip install --disable-pip-version-check -q -e '.[t5x]'
+
+test-t5x: t5x-setup  ## the tests with T5X: T5X_PATH= and AIRIO_PATH= are clones
+	@PYTHONPATH="$(abspath $(T5X_PATH)):$(abspath $(AIRIO_PATH)):$$PYTHONPATH" $(PY) -m pytest -n 1 tests/t5x
+
+table-single: $(READY)  ## a method on one task, all cells and seeds: docs/experiments.md has the times
+	@$(call make_table,single)
+
+table-multilingual: $(READY)  ## a method on several languages at once
+	@$(call make_table,multilingual)
+
+table-multitask: $(READY)  ## a method on several tasks at once
+	@$(call make_table,multitask)
+
+table-ablations: $(READY)  ## k, capacity, LoRA's rank, the regulariser
+	@$(call make_table,ablations)
+
+# Runs that failed leave gaps with their reasons in the table; a stop or a mistake (any other status) ends here.
+define make_table
+	[ "$(SCALE)" != laptop ] || $(PY) scripts/download_data.py smollm2-135m bfcl; \
+	$(PY) scripts/sweep.py --sweep=configs/sweeps/table_$(1).py:$(SCALE) --workdir=$(TABLES)/$(1) --workers=$(WORKERS) $(ARGS); \
+	status=$$?; [ $$status -le 1 ] || exit $$status; \
+	$(PY) scripts/make_tables.py --kind=$(1) --runs=$(TABLES)/$(1) --out=$(TABLES)/$(1)/report && exit $$status
+endef
 
 lint: $(READY)  ## ruff check and ruff format --check
 	@$(VENV)/bin/ruff check .

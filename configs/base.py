@@ -56,7 +56,8 @@ def get_config() -> ConfigDict:
     config.data.vocabulary = (
         "model"  # The model's tokenizer, or bytes, sentencepiece:FILE, tokenizers:FILE.
     )
-    config.data.sequence_length = 256  # Tokens a row.
+    config.data.sequence_length = 256  # Tokens a row; of the encoder's rows where there is one.
+    config.data.target_length = 0  # Tokens a row of the decoder behind an encoder; 0: as many.
     config.data.batch_size = 8  # Rows a step, over all devices.
     config.data.pack = True  # Several examples a row.
     config.data.too_long = "error"  # error | drop | truncate_inputs.

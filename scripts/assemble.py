@@ -14,18 +14,19 @@ import jax
 from ml_collections import ConfigDict
 
 import tasks
-from sira_jax.checkpoints import BaseModel, fingerprint, load_base_model, read_base_model
+from scripts.base_models import find_model, load_base
+from sira_jax.checkpoints import BaseModel, fingerprint, read_base_model
 from sira_jax.errors import CheckpointError, ConfigError, DataError, check
 from sira_jax.models import DecoderConfig, EncoderDecoderConfig, Model, make_model
 from sira_jax.quantized import check_available
-from sira_jax.training import loop, partitioning
+from sira_jax.training import loop, multihost, partitioning
 from sira_jax.training.axis_rules import Rules
-from sira_jax.training.config import ExperimentConfig, ModelSource, make_experiment
+from sira_jax.training.config import ExperimentConfig, make_experiment
 from sira_jax.training.decoding import generate
 from sira_jax.training.evaluate import LossEvaluator
 from sira_jax.training.logging import Progress
-from sira_jax.training.train_state import abstract_adapter, abstract_params
-from tasks import download, specs
+from sira_jax.training.train_state import abstract_adapter
+from tasks import specs
 
 
 def read_experiment(config: ConfigDict | None, workdir: str | None) -> ExperimentConfig:
@@ -47,52 +48,6 @@ def read_experiment(config: ConfigDict | None, workdir: str | None) -> Experimen
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
-
-
-def find_model(path: str) -> str:
-    """The file or folder of `model.path`, which may be a name that scripts/download_data.py knows.
-
-    Raises:
-      ConfigError: there is no such file or name, or the named model is not downloaded.
-    """
-    if path in download.PACKAGES:
-        package = download.PACKAGES[path]
-        folder = download.cache_root() / path
-        files = [name for name in package.members.values() if name.endswith(".gguf")]
-        check(bool(files), "model.path", path, "a model")
-        if not download.is_complete(folder, package):
-            raise ConfigError(
-                f"model.path={path!r} is not downloaded: run `python scripts/download_data.py {path}`"
-            )
-        return str(folder / files[0])
-    if not Path(path).exists():
-        known = [
-            n for n, p in download.PACKAGES.items() if any(m.endswith("gguf") for m in p.members)
-        ]
-        raise ConfigError(
-            f"model.path={path!r} is not allowed: no such file or folder, and the known names are"
-            f" {', '.join(known)}"
-        )
-    return path
-
-
-def load_base(
-    path: str, source: ModelSource, mesh: jax.sharding.Mesh, rules: Rules = partitioning.RULES
-) -> BaseModel:
-    """The base model in a file or folder with its parameters, placed on the mesh; `source` says in which types."""
-    options = source.options
-    plain = make_model(read_base_model(path, **options).config)
-    shardings = partitioning.param_shardings(abstract_params(plain), mesh, rules)
-    by_path = {
-        tuple(entry.key for entry in path): sharding
-        for path, sharding in jax.tree_util.tree_leaves_with_path(shardings)
-    }
-    return load_base_model(
-        path,
-        **options,
-        sharding_fn=lambda path, shape: by_path[path],
-        quantization=source.quantization,
-    )
 
 
 class Plan:
@@ -281,7 +236,14 @@ class Plan:
     ) -> list[str]:
         """Continues token prompts and returns the texts; shows a progress bar if there is a description."""
         bar = (
-            Progress(len(prompts), description=description, unit="prompt") if description else None
+            Progress(
+                len(prompts),
+                description=description,
+                unit="prompt",
+                hidden=not multihost.is_main(),
+            )
+            if description
+            else None
         )
         ids = generate(
             model,

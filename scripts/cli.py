@@ -16,7 +16,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import tuple_parser
 
-from sira_jax.errors import ConfigError, SiraError
+from sira_jax.errors import ConfigError, SiraError, check
 
 USER_ERROR = 2
 
@@ -59,17 +59,32 @@ for _type, _parser in {
     config_flags.register_flag_parser_for_type(_type, _parser)
 
 
+def set_data_dir(folder: str | None) -> None:
+    """Makes `folder` the place of data files, for this process and those it starts; None changes nothing.
+
+    Raises ConfigError where it is no folder.
+    """
+    if folder is None:
+        return
+    check(os.path.isdir(folder), "data_dir", folder, "a folder that exists")
+    os.environ["SIRA_DATA_DIR"] = os.path.abspath(folder)
+
+
 def run_main(main: Callable[[list[str]], Any], argv: list[str] | None = None) -> None:
     """Parses the absl flags and runs `main(remaining arguments)`.
 
     A SiraError, or a mistake in the flags, prints one line `error: ...` on standard error and exits with status 2.
     Whatever else is raised is a defect and keeps its stack trace. The integer `main` returns is the exit status.
     """
+    if "data_dir" not in flags.FLAGS:
+        folder = "folder of the downloaded data sets (default $SIRA_DATA_DIR, or the cache)"
+        flags.DEFINE_string("data_dir", None, folder)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     absl_logging.set_verbosity(absl_logging.ERROR)
 
     def guarded(arguments: list[str]) -> Any:
         try:
+            set_data_dir(flags.FLAGS.data_dir)
             return main(arguments)
         except SiraError as error:
             return _fail(str(error))
@@ -120,7 +135,8 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _config_path(argv: list[str]) -> str | None:
     """What --config is given, as --config=FILE or --config FILE; None without it."""
-    for argument, following in zip(argv[1:], [*argv[2:], None], strict=True):
+    # Without arguments the second list is the longer one.
+    for argument, following in zip(argv[1:], [*argv[2:], None], strict=False):
         if match := re.fullmatch(r"--?config(=(.*))?", argument, re.DOTALL):
             return match[2] if match[1] else following
     return None
@@ -172,7 +188,7 @@ def _print_help(argv: list[str]) -> None:
     known = flags.FLAGS.flags_by_module_dict().get(
         argv[0], []
     ) or flags.FLAGS.get_key_flags_for_module(main)
-    for flag in sorted(known, key=lambda flag: flag.name):
+    for flag in sorted({*known, flags.FLAGS["data_dir"]}, key=lambda flag: flag.name):
         default = "" if flag.default in (None, "") else f" (default {flag.default})"
         text = " ".join((flag.help or "").split())
         print(f"  --{flag.name}: {text}{default}")

@@ -3,6 +3,7 @@
   python scripts/compare.py --workdir=runs/compare --methods=all --task=cldr_all --budget=parameters --rank=32
   python scripts/compare.py --workdir=runs/rank4 --methods=lora,sira --budget=rank --rank=4 --seeds=0,1,2,3,4
   python scripts/compare.py --workdir=runs/compare --report_only
+  python scripts/compare.py --results=docs/comparison_cldr.json
 
 The runs differ in the adapter alone: data, order, steps, optimizer and seeds are the same. With --budget=parameters each method
 has as many trained parameters as LoRA has at --rank, as nearly as its size field allows; with --budget=rank the same rank.
@@ -23,7 +24,7 @@ from ml_collections import config_flags
 from scripts.cli import run_main
 from scripts.compare_budget import BASELINE, BUDGETS, Size
 from scripts.compare_plan import Options, plan_runs, settings_of
-from scripts.compare_report import write_comparison
+from scripts.compare_report import render, write_comparison
 from scripts.compare_runs import (
     COSTS_FILE,
     LOG_FILE,
@@ -57,6 +58,9 @@ SPEED_ROUNDS = flags.DEFINE_integer(
     "speed_rounds", 11, "Steps of each method that are timed; 0 measures no costs.", lower_bound=0
 )
 REPORT_ONLY = flags.DEFINE_bool("report_only", False, "Only write what the directory's runs say.")
+RESULTS = flags.DEFINE_string(
+    "results", None, "Only write table and picture of this comparison.json, beside it."
+)
 PLAN_ONLY = flags.DEFINE_bool("plan_only", False, "Only check everything and print the sizes.")
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "experiments" / "compare.py"
@@ -67,6 +71,9 @@ FAILED = 1
 def main(argv: list[str]) -> int:
     """Checks everything, runs what is not done yet, and reports; 1 where a result is missing."""
     del argv
+    if RESULTS.value:
+        render(Path(RESULTS.value))
+        return 0
     if not WORKDIR.value:
         raise ConfigError("--workdir=DIR is needed")
     workdir, measured = Path(WORKDIR.value), True

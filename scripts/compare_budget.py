@@ -6,7 +6,7 @@ from typing import Any
 
 from sira_jax.adapters import AdapterConfig, count_model_parameters
 from sira_jax.errors import ConfigError
-from sira_jax.models import DecoderConfig
+from sira_jax.models import ModelConfig
 
 BUDGETS = ("parameters", "rank")
 # The method that the others are measured against, and whose size at --rank is the budget.
@@ -40,7 +40,7 @@ class Size:
 
 
 def measure(
-    adapter: AdapterConfig, original: AdapterConfig, model: DecoderConfig, target: int | None
+    adapter: AdapterConfig, original: AdapterConfig, model: ModelConfig, target: int | None
 ) -> Size:
     """The size of `adapter`, which the budget made from `original`; without a target it is its own."""
     fields = {
@@ -53,7 +53,7 @@ def measure(
     return Size(fields, trained, count(adapter, model, active=True), target or trained)
 
 
-def count(adapter: AdapterConfig, model: DecoderConfig, *, active: bool = False) -> int:
+def count(adapter: AdapterConfig, model: ModelConfig, *, active: bool = False) -> int:
     """Trained parameters on a model, or those of them that a token uses."""
     return count_model_parameters(adapter, model.stacks, model.emb_dim, active=active)
 

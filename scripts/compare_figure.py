@@ -19,16 +19,22 @@ _LABEL_HEIGHT = 0.042
 def draw(rows: Sequence[Row], split: str) -> bytes:
     """A PNG with a panel a measure: mean and 95% interval of each method, trained parameters on a logarithmic axis.
 
-    A method without the measure is left out of its panel; the frozen model is a horizontal line.
+    A method without the measure is left out of its panel; the frozen model is a horizontal line. A measure that is the same
+    for all tells nothing and has no panel.
     """
     with matplotlib.rc_context(STYLE):
-        names = list(rows[0].quality)
+        names = [name for name in rows[0].quality if _differs(rows, name)] or list(rows[0].quality)
         figure = Figure(figsize=(5.6 * len(names), 4.6), layout="constrained")
         for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
             _panel(axes, rows, name)
             title = f"{split} loss (nats a target token)" if name == "loss" else name
             axes.set(title=title.replace("_", " "), xlabel="trained parameters")
         return to_png(figure)
+
+
+def _differs(rows: Sequence[Row], name: str) -> bool:
+    values = [row.quality[name] for row in rows]
+    return len({v.mean if isinstance(v, Interval) else v for v in values}) > 1
 
 
 def _panel(axes: Axes, rows: Sequence[Row], name: str) -> None:

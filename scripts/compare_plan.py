@@ -16,7 +16,7 @@ from scripts.compare_budget import BASELINE, BUDGETS, Size
 from scripts.compare_runs import RunSpec, run_directory, seed_major
 from sira_jax.adapters import METHODS, AdapterConfig
 from sira_jax.errors import ConfigError, check
-from sira_jax.models import DecoderConfig
+from sira_jax.models import ModelConfig
 from sira_jax.training.config import ExperimentConfig, make_experiment
 
 # The registry's name for the frozen model.
@@ -65,6 +65,8 @@ def plan_runs(options: Options, workdir: Path) -> tuple[dict[str, list[RunSpec]]
     _apply_sets(options, configs, methods)
     start = make_experiment(configs[BASELINE].to_dict())
     model = assemble.Plan(start).base.config
+    if _is_all(options):
+        methods = [method for method in methods if _fits(method, configs[method], model)]
     baseline = compare_budget.resized(start.adapter, "rank", options.rank)
     target = compare_budget.count(baseline, model)
     sizes, by_method = {}, {}
@@ -87,13 +89,29 @@ def plan_runs(options: Options, workdir: Path) -> tuple[dict[str, list[RunSpec]]
     return by_method, sizes
 
 
+def _is_all(options: Options) -> bool:
+    return list(options.methods) == ["all"]
+
+
+def _fits(method: str, config: ConfigDict, model: ModelConfig) -> bool:
+    """Whether the model can have the method; says why where it cannot."""
+    adapter = make_experiment(config.to_dict()).adapter
+    try:
+        if adapter is not None:
+            adapter.check_model(model.projections)
+    except ConfigError as error:
+        print(f"{method} is left out: {error}", flush=True)
+        return False
+    return True
+
+
 def _seeded(experiment: ExperimentConfig, seed: int) -> ExperimentConfig:
     train = dataclasses.replace(experiment.train, seed=seed)
     return dataclasses.replace(experiment, train=train)
 
 
 def _fit(
-    options: Options, adapter: AdapterConfig | None, model: DecoderConfig, target: int
+    options: Options, adapter: AdapterConfig | None, model: ModelConfig, target: int
 ) -> tuple[AdapterConfig | None, Size]:
     if adapter is None:
         return None, Size({}, 0, 0, target)
@@ -109,7 +127,7 @@ def _fit(
 
 def _methods(options: Options) -> list[str]:
     known = (FROZEN, *METHODS)
-    if list(options.methods) == ["all"]:
+    if _is_all(options):
         return list(known)
     for name in options.methods:
         check(name in known, "--methods", name, f"all, or some of {', '.join(known)}")

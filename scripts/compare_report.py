@@ -18,8 +18,9 @@ from scripts.compare_runs import (
     read_json,
     seed_major,
 )
-from scripts.compare_table import CONFIDENCE, Row, make_rows, to_table
+from scripts.compare_table import CONFIDENCE, Row, make_rows, row_from_json, to_table
 from scripts.report_page import Figure, Paragraph, Section, markdown_table, to_markdown
+from sira_jax.errors import DataError
 from sira_jax.files import write_atomically, write_text
 from sira_jax.training.config import ExperimentConfig
 
@@ -30,9 +31,6 @@ def write_comparison(workdir: Path) -> list[Row]:
     Raises:
       DataError: the directory holds no comparison.
     """
-    # Only the picture needs matplotlib.
-    from scripts import compare_figure
-
     settings, by_method = load_plan(workdir)
     measured = read_json(workdir / COSTS_FILE)
     current = first_experiments([runs[0] for runs in by_method.values()])
@@ -42,22 +40,9 @@ def write_comparison(workdir: Path) -> list[Row]:
         costs = {m: c for m, c in measured["methods"].items() if current.get(m) == old[m]}
     rows = make_rows(by_method, settings["sizes"], costs)
     experiment = next(iter(by_method.values()))[0].experiment
-    split = experiment.evaluate.split
-    table = to_table(rows, split)
-    text = _terms(settings, experiment)
-    sections = [
-        Section("Results", [Paragraph(text), table]),
-        Section(
-            "Picture",
-            [
-                Figure(
-                    "comparison.png",
-                    "Means over the seeds with their 95% intervals; the dashed line is the frozen model.",
-                )
-            ],
-        ),
-    ]
     result = {
+        "terms": _terms(settings, experiment),
+        "split": experiment.evaluate.split,
         "settings": settings,
         "confidence": CONFIDENCE,
         "versions": _versions(),
@@ -65,12 +50,40 @@ def write_comparison(workdir: Path) -> list[Row]:
         "rows": [dataclasses.asdict(row) for row in rows],
         "runs": [_raw(run) for run in seed_major(by_method)],
     }
-    png = compare_figure.draw(rows, split)
-    write_atomically(workdir / "comparison.png", lambda file: file.write(png))
-    write_text(workdir / "comparison.md", to_markdown("Methods on equal terms", sections))
-    write_text(workdir / "comparison.json", json.dumps(result, indent=1))
-    print(f"\n{text}\n\n{markdown_table(table)}\n\nfiles: {workdir}/comparison.{{json,md,png}}")
+    path = workdir / "comparison.json"
+    write_text(path, json.dumps(result, indent=1))
+    render(path)
     return rows
+
+
+def render(path: Path) -> None:
+    """Writes the table and the picture of a comparison's JSON file beside it, with its name, and prints the table.
+
+    Raises:
+      DataError: the file is none of a comparison.
+    """
+    # Only the picture needs matplotlib.
+    from scripts import compare_figure
+
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        rows = [row_from_json(row) for row in result["rows"]]
+        text, split = result["terms"], result["split"]
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: is no comparison.json of scripts/compare.py ({error})") from None
+    picture = path.with_suffix(".png")
+    table = to_table(rows, split)
+    caption = "Means over the seeds with their 95% intervals; the dashed line is the frozen model."
+    sections = [
+        Section("Results", [Paragraph(text), table]),
+        Section("Picture", [Figure(picture.name, caption)]),
+    ]
+    png = compare_figure.draw(rows, split)
+    write_atomically(picture, lambda file: file.write(png))
+    write_text(path.with_suffix(".md"), to_markdown("Methods on equal terms", sections))
+    print(f"\n{text}\n\n{markdown_table(table)}\n\nfiles: {path.with_suffix('')}.{{json,md,png}}")
 
 
 def _terms(settings: Mapping[str, Any], experiment: ExperimentConfig) -> str:

@@ -157,6 +157,8 @@ class Runner:
     """
 
     def __init__(self, specs: Sequence[RunSpec], cache: Path):
+        # File descriptors that the processes keep open, such as a lock that must outlive this one.
+        self.keep_open: tuple[int, ...] = ()
         self._total, self._place = len(specs), 0
         self._left = sum(not spec.is_done() for spec in specs)
         self._seconds: list[float] = []
@@ -191,7 +193,12 @@ class Runner:
             file.write(f"$ {' '.join(command)}\n")
             file.flush()
             self._child = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                pass_fds=self.keep_open,
             )
             if self._stop:  # The signal came before the process could be told.
                 self._child.send_signal(signal.SIGTERM)
@@ -214,15 +221,20 @@ class Runner:
             return
         start = time.monotonic()
         print(f"{head}: log in {spec.directory / LOG_FILE}", flush=True)
-        reason = self._train_and_evaluate(spec)
+        reason = self.do(spec)
         seconds = time.monotonic() - start
         self._seconds.append(seconds)
         self._left -= 1
         left = self._left * sum(self._seconds) / len(self._seconds)
+        state = f"FAILED ({reason})" if reason else "done"
+        print(f"{head}: {state} after {seconds:.0f} s; about {duration(left)} left", flush=True)
+
+    def do(self, spec: RunSpec) -> str | None:
+        """Does what is missing of one run. Returns why it failed, which is kept in the run directory, else None."""
+        reason = self._train_and_evaluate(spec)
         if reason:
             write_text(spec.directory / FAILURE_FILE, json.dumps({"reason": reason}))
-        state = f"FAILED ({reason})" if reason else "done"
-        print(f"{head}: {state} after {seconds:.0f} s; about {_duration(left)} left", flush=True)
+        return reason
 
     def _train_and_evaluate(self, spec: RunSpec) -> str | None:
         spec.directory.mkdir(parents=True, exist_ok=True)
@@ -255,6 +267,7 @@ def _reason(script: str, status: int, log: Path) -> str:
     return f"{script} ended with {cause}: {lines[-1][:300]}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time as progress lines show it."""
     minutes = seconds / 60
     return f"{minutes:.0f} min" if minutes >= 1 else f"{seconds:.0f} s"

@@ -38,14 +38,19 @@ def student_t(degrees: int, confidence: float = CONFIDENCE) -> float:
     low, high = 0.0, math.pi / 2
     for _ in range(60):
         angle = (low + high) / 2
-        if _t_probability(angle, degrees) < confidence:
+        if _t_probability_at(angle, degrees) < confidence:
             low = angle
         else:
             high = angle
     return math.tan((low + high) / 2) * math.sqrt(degrees)
 
 
-def _t_probability(angle: float, degrees: int) -> float:
+def t_probability(t: float, degrees: int) -> float:
+    """P(|T| < t) for Student's T with whole degrees of freedom, t at least 0."""
+    return _t_probability_at(math.atan(t / math.sqrt(degrees)), degrees)
+
+
+def _t_probability_at(angle: float, degrees: int) -> float:
     """P(|T| < t) at angle = atan(t / sqrt(degrees))."""
     sine, cosine = math.sin(angle), math.cos(angle)
     odd = degrees % 2
@@ -93,6 +98,24 @@ class Row:
     def label(self) -> str:
         """The method's name; "frozen" where there is none."""
         return self.method if self.trained else "frozen"
+
+
+def row_from_json(fields: Mapping[str, Any]) -> Row:
+    """The Row that `dataclasses.asdict` and JSON made these fields of."""
+
+    def restore(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return Interval(value["mean"], value["half"], tuple(value["values"]))
+
+    return Row(
+        **dict(fields)
+        | {
+            "seeds": tuple(fields["seeds"]),
+            "missing": {int(seed): reason for seed, reason in fields["missing"].items()},
+            "quality": {name: restore(value) for name, value in fields["quality"].items()},
+        }
+    )
 
 
 @dataclasses.dataclass(frozen=True)

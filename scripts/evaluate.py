@@ -10,8 +10,11 @@ methods with routers, router_SPLIT.json: expert load and gate entropy per layer 
 --adapters loads adapters from run directories or adapter folders, and --assign says which task uses which (base is the frozen
 model; the first pattern that fits counts); examples of all tasks are decoded together. The tasks are those of --config, or of
 the first adapter's run.
+
+--multihost: see scripts/train.py.
 """
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +27,7 @@ from scripts.cli import run_main
 from sira_jax.errors import ConfigError
 from sira_jax.files import write_text
 from sira_jax.models import make_model
-from sira_jax.training import loop
+from sira_jax.training import loop, multihost
 from sira_jax.training.train_state import merge_params, split_params
 from tasks import TokenizedTask
 
@@ -35,6 +38,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "best", "best, latest, a step, or none for the frozen model."
 )
+MULTIHOST = flags.DEFINE_bool("multihost", False, "Run as one of several processes.")
 ADAPTERS = flags.DEFINE_string("adapters", None, "Several adapters, NAME=DIR,NAME=DIR.")
 ASSIGN = flags.DEFINE_string(
     "assign", "", "Which task uses which of --adapters: TASK=NAME,PATTERN=NAME; * and ? are wild."
@@ -45,12 +49,19 @@ def main(argv: list[str]) -> None:
     """Evaluates and writes the results."""
     del argv
     if ADAPTERS.value is not None:
+        if MULTIHOST.value:
+            raise ConfigError("--multihost and --adapters exclude one another")
         results = evaluate_several(ADAPTERS.value, ASSIGN.value, WORKDIR.value, CHECKPOINT.value)
     elif ASSIGN.value:
         raise ConfigError("--assign needs --adapters=NAME=DIR,NAME=DIR")
     else:
-        plan = assemble.Plan(assemble.read_experiment(CONFIG.value, WORKDIR.value))
-        results = evaluate(plan, WORKDIR.value, CHECKPOINT.value)
+        experiment = assemble.read_experiment(CONFIG.value, WORKDIR.value)
+        with multihost.joined() if MULTIHOST.value else contextlib.nullcontext():
+            plan = assemble.Plan(experiment)
+            results = evaluate(plan, WORKDIR.value, CHECKPOINT.value)
+            is_main = multihost.is_main()
+        if not is_main:
+            return
     print(format_scores(results))
 
 
@@ -118,7 +129,7 @@ def _results(split: str, loaded: Sequence[TokenizedTask], losses: dict, scores: 
 def _write(
     workdir: str | None, split: str, results: dict, records: Sequence[dict], report: dict
 ) -> None:
-    if not workdir:
+    if not (workdir and multihost.is_main()):
         return
     directory = Path(workdir)
     directory.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,23 @@ from scripts.run_results import (
     primary_metric,
 )
 
-_METRIC_LABELS = {"exact_match": "exact match", "chrf": "chrF", "ast_match": "AST match"}
+_METRIC_LABELS = {
+    "exact_match": "exact match",
+    "chrf": "chrF",
+    "ast_match": "AST match",
+    "sequence_accuracy": "sequence accuracy",
+    "f1": "F1",
+    "em": "EM",
+    "boolean_accuracy": "has answer",
+    "span_f1": "span F1",
+    "number_match": "number match",
+    "execution_accuracy": "execution accuracy",
+    "program_accuracy": "program accuracy",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+}
+_SHARES = ("exact_match", "ast_match", "sequence_accuracy", "number_match", "boolean_accuracy")
 NOT_TRAINED = "nothing was trained"
 
 
@@ -102,7 +118,7 @@ def _metric_order(metric: str) -> tuple[int, str]:
 
 
 def _metric_label(metric: str) -> str:
-    unit = ", %" if metric in ("exact_match", "ast_match") else ""
+    unit = ", %" if metric in _SHARES else ""
     return _METRIC_LABELS.get(metric, metric) + unit
 
 

@@ -19,7 +19,16 @@ from sira_jax.training.logging import METRICS_FILE, read_metrics
 
 SUMMARY_FILE = "summary.json"
 # The score that says whether an example is right, the first that a task has; then any other.
-PRIMARY_METRICS = ("ast_match", "exact_match")
+PRIMARY_METRICS = (
+    "ast_match",
+    "execution_accuracy",
+    "number_match",
+    "span_f1",
+    "f1",
+    "rougeL",
+    "sequence_accuracy",
+    "exact_match",
+)
 _PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 _ROUTER_RANKS = {
     "expert_load": 2,

@@ -16,7 +16,7 @@ import numpy as np
 
 import tasks
 from scripts.arguments import Parser, at_least_one
-from scripts.cli import run_main
+from scripts.cli import run_main, set_data_dir
 from tasks import specs
 from tasks.converters import DecoderFeatures
 from tasks.loading import TokenizedTask, load_task
@@ -50,21 +50,30 @@ def _parser() -> Parser:
         choices=["none", "plain"],
         help="prompt template (default none)",
     )
+    add(
+        "--data_dir",
+        help="folder of the downloaded data sets (default $SIRA_DATA_DIR, or the cache)",
+    )
     add("--seqio", action="store_true", help="read the task through seqio (imports TensorFlow)")
     return parser
 
 
+def _size_text(spec: specs.TaskSpec, split: str) -> str:
+    size = spec.sizes.get(split, "-")
+    return "?" if size is None else str(size)
+
+
 def list_tasks() -> None:
-    """Prints every task and mixture with its sizes."""
+    """Prints every task and mixture with its sizes: ? is known once the files are there, - is no such split."""
     width = max(map(len, [*specs.TASKS, *specs.MIXTURES]))
     print(f"{len(specs.TASKS)} tasks (train/validation/test examples)")
     for spec in specs.TASKS.values():
-        sizes = "/".join(str(spec.sizes[split]) for split in specs.SPLITS)
+        sizes = "/".join(_size_text(spec, split) for split in specs.SPLITS)
         print(f"  {spec.name:{width}}  {sizes:>13}  {spec.description}")
     print(f"\n{len(specs.MIXTURES)} mixtures (tasks, train examples)")
     for mixture in specs.MIXTURES.values():
-        total = sum(specs.TASKS[task].sizes["train"] for task in mixture.tasks)
-        size = f"{len(mixture.tasks)}, {total}"
+        counts = [specs.TASKS[task].sizes["train"] for task in mixture.tasks]
+        size = f"{len(counts)}, {'?' if None in counts else sum(counts)}"
         print(f"  {mixture.name:{width}}  {size:>13}  {mixture.description}")
 
 
@@ -181,6 +190,7 @@ def _print_seqio(args) -> None:
 
 def main(args) -> None:
     """Prints what the arguments ask for."""
+    set_data_dir(args.data_dir)
     if args.list:
         list_tasks()
         return

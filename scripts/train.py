@@ -39,6 +39,13 @@ PATIENCE = flags.DEFINE_float(
     lower_bound=3.0,
 )
 TENSORBOARD = flags.DEFINE_bool("tensorboard", True, "Write TensorBoard event files.")
+STOPPED_STATUS = flags.DEFINE_integer(
+    "stopped_status",
+    0,
+    "Exit status after a signal stopped the run and it was saved; a cluster takes 0 for the end of the run.",
+    lower_bound=0,
+    upper_bound=255,
+)
 
 
 def main(argv: list[str]) -> int:
@@ -56,9 +63,11 @@ def main(argv: list[str]) -> int:
         plan = assemble.Plan(experiment)
         outcome = train(plan, Path(WORKDIR.value), tensorboard=TENSORBOARD.value)
         is_main = multihost.is_main()
-    if outcome != "done" and is_main:
+    if outcome == "done":
+        return 0
+    if is_main:
         print(f"stopped by {outcome} after saving; the same command goes on from there")
-    return 0
+    return STOPPED_STATUS.value
 
 
 def train(plan: assemble.Plan, workdir: Path, *, tensorboard: bool = True) -> str:

@@ -31,6 +31,10 @@ class TrainingError(SiraError, RuntimeError):
     """Training cannot go on, for example after a loss that is not a number."""
 
 
+class DependencyError(SiraError, ImportError):
+    """An optional library is missing or of a version that cannot be used."""
+
+
 class MergeError(SiraError, ValueError):
     """The adapter has no equal plain kernel, so it cannot be merged."""
 

@@ -8,7 +8,7 @@ and registers them there, after which `seqio.get_mixture_or_task("cldr_date_sw")
 import importlib
 from typing import Any
 
-from tasks import bfcl, cldr, starter  # noqa: F401 - each defines its tasks on import
+from tasks import bfcl, cldr, multitask, starter  # noqa: F401 - each defines its tasks on import
 from tasks.converters import DecoderFeatures, EncoderDecoderFeatures
 from tasks.features import LmExample, make_example, pack_rows, unpack
 from tasks.loading import TokenizedTask, load_mixture, load_task

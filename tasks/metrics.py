@@ -1,34 +1,20 @@
 """Metrics over predicted texts. All scores are percentages, 0 to 100.
 
-A target is the target text, or an example with the fields `targets` and, for `ast_match`,
-`answers`. Texts are compared after stripping white space at both ends and in no other way: Babel's
-no-break spaces count, for example.
+A target is the target text, or an example with the field `targets` and what else its metric needs. `exact_match`,
+`chrf` and `ast_match` compare texts after stripping white space at both ends and in no other way: Babel's no-break
+spaces count, for example.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from sacrebleu.metrics import CHRF
 
 from sira_jax.errors import DataError
+from tasks.finqa_program import execution_accuracy, program_accuracy
 from tasks.function_calls import CallAnswers, matches
-
-Target = str | Mapping[str, str]
-Metric = Callable[[Sequence[str], Sequence[Target]], dict[str, float]]
-
-
-def _text(target: Target) -> str:
-    if isinstance(target, str):
-        return target.strip()
-    if "targets" not in target:
-        raise DataError(f"a target needs the field 'targets'; it has {sorted(target)}")
-    return target["targets"].strip()
-
-
-def _check(predictions: Sequence[str], targets: Sequence[Target]) -> None:
-    if len(predictions) != len(targets):
-        raise DataError(f"{len(predictions)} predictions for {len(targets)} targets")
-    if not targets:
-        raise DataError("no predictions: a metric needs at least one example")
+from tasks.qa_metrics import boolean_accuracy, number_match, sequence_accuracy, span_f1, squad
+from tasks.rouge import rouge
+from tasks.scoring import Metric, Target, check_pairs, field, text
 
 
 def exact_match(predictions: Sequence[str], targets: Sequence[Target]) -> dict[str, float]:
@@ -36,8 +22,8 @@ def exact_match(predictions: Sequence[str], targets: Sequence[Target]) -> dict[s
 
     Raises DataError for none, or unequal numbers.
     """
-    _check(predictions, targets)
-    hits = sum(p.strip() == _text(t) for p, t in zip(predictions, targets, strict=True))
+    check_pairs(predictions, targets)
+    hits = sum(p.strip() == text(t) for p, t in zip(predictions, targets, strict=True))
     return {"exact_match": 100 * hits / len(targets)}
 
 
@@ -46,8 +32,8 @@ def chrf(predictions: Sequence[str], targets: Sequence[Target]) -> dict[str, flo
 
     Raises DataError for none, or unequal numbers.
     """
-    _check(predictions, targets)
-    references = [_text(target) for target in targets]
+    check_pairs(predictions, targets)
+    references = [text(target) for target in targets]
     score = CHRF().corpus_score([p.strip() for p in predictions], [references])
     return {"chrf": score.score}
 
@@ -57,12 +43,11 @@ def ast_match(predictions: Sequence[str], targets: Sequence[Target]) -> dict[str
 
     Raises DataError where a target has no readable field `answers`, for none, or unequal numbers.
     """
-    _check(predictions, targets)
+    check_pairs(predictions, targets)
     hits = 0
     for prediction, target in zip(predictions, targets, strict=True):
-        if isinstance(target, str) or "answers" not in target:
-            raise DataError("ast_match needs targets with the field 'answers'")
-        hits += matches(prediction, CallAnswers.from_json(target["answers"]))
+        answers = CallAnswers.from_json(field(target, "answers", "ast_match"))
+        hits += matches(prediction, answers)
     return {"ast_match": 100 * hits / len(targets)}
 
 
@@ -70,6 +55,14 @@ METRICS: Mapping[str, Metric] = {
     "exact_match": exact_match,
     "chrf": chrf,
     "ast_match": ast_match,
+    "sequence_accuracy": sequence_accuracy,
+    "squad": squad,
+    "boolean_accuracy": boolean_accuracy,
+    "span_f1": span_f1,
+    "number_match": number_match,
+    "execution_accuracy": execution_accuracy,
+    "program_accuracy": program_accuracy,
+    "rouge": rouge,
 }
 
 

@@ -14,7 +14,7 @@ import seqio
 import tensorflow as tf
 
 from sira_jax.errors import DataError
-from tasks import bfcl, cldr, specs  # noqa: F401 - bfcl and cldr define their tasks on import
+from tasks import specs
 from tasks.metrics import METRICS
 from tasks.preprocessors import FEATURES, seqio_render_prompts
 from tasks.templates import PromptTemplate
@@ -34,6 +34,21 @@ def _dataset_fn(spec: specs.TaskSpec) -> Callable[..., tf.data.Dataset]:
         return tf.data.Dataset.from_tensor_slices(columns)
 
     return dataset_fn
+
+
+class _Source(seqio.FunctionDataSource):
+    """The examples of a task, whose sizes, where not declared, are counted when seqio asks and not before."""
+
+    def __init__(self, spec: specs.TaskSpec):
+        super().__init__(_dataset_fn(spec), splits=tuple(spec.sizes))
+        self._spec = spec
+        self._sizes: dict[str, int] = {}
+
+    def num_input_examples(self, split: str) -> int:
+        """Raises DataError for a split the task has not, and where a file it must count is missing."""
+        if split not in self._sizes:
+            self._sizes[split] = self._spec.size(split)
+        return self._sizes[split]
 
 
 def _metric_fn(name: str) -> Callable[..., dict[str, float]]:
@@ -63,10 +78,8 @@ def _make_task(
     vocabulary: seqio.Vocabulary,
     template: PromptTemplate | None,
     name: str,
+    inputs_eos: bool = False,
 ) -> seqio.Task:
-    source = seqio.FunctionDataSource(
-        _dataset_fn(spec), splits=tuple(spec.sizes), num_input_examples=dict(spec.sizes)
-    )
     preprocessors = [
         *([] if template is None else [seqio_render_prompts(template)]),
         seqio.preprocessors.tokenize,
@@ -75,9 +88,9 @@ def _make_task(
     ]
     return seqio.Task(
         name,
-        source,
+        _Source(spec),
         output_features={
-            "inputs": seqio.Feature(vocabulary, add_eos=False, dtype=tf.int32),
+            "inputs": seqio.Feature(vocabulary, add_eos=inputs_eos, dtype=tf.int32),
             "targets": seqio.Feature(vocabulary, add_eos=True, dtype=tf.int32),
         },
         preprocessors=preprocessors,
@@ -91,11 +104,12 @@ def _make_provider(
     vocabulary: seqio.Vocabulary,
     template: PromptTemplate | None,
     new_name: str,
+    inputs_eos: bool,
 ) -> seqio.Task | seqio.Mixture:
     if name in specs.TASKS:
-        return _make_task(specs.TASKS[name], vocabulary, template, new_name)
+        return _make_task(specs.TASKS[name], vocabulary, template, new_name, inputs_eos)
     tasks, rates = specs.members(name)
-    members = [_make_task(task, vocabulary, template, task.name) for task in tasks]
+    members = [_make_task(task, vocabulary, template, task.name, inputs_eos) for task in tasks]
     return seqio.Mixture(new_name, list(zip(members, rates, strict=True)))
 
 
@@ -108,6 +122,7 @@ def bind(
     vocabulary: Vocabulary | seqio.Vocabulary | str,
     *,
     template: PromptTemplate | None = None,
+    inputs_eos: bool = False,
     register_as: str | None = None,
 ) -> seqio.Task | seqio.Mixture:
     """A task or mixture with another vocabulary.
@@ -119,6 +134,7 @@ def bind(
       name: of a task or a mixture.
       vocabulary: of `tasks.vocabularies` or seqio, or the spec of one.
       template: makes the prompt from the input text; hashable.
+      inputs_eos: the inputs end with eos too, as the encoder of a T5 was trained.
       register_as: puts the result into seqio's registry under this new name, for use by name. Doing
         so again with equal arguments changes nothing.
 
@@ -127,9 +143,10 @@ def bind(
     """
     specs.members(name)
     vocabulary = as_vocabulary(vocabulary)
-    key = (name, vocabulary.fingerprint(), template, register_as)
+    key = (name, vocabulary.fingerprint(), template, inputs_eos, register_as)
     if key not in _BOUND:
-        _BOUND[key] = _make_provider(name, vocabulary.to_seqio(), template, register_as or name)
+        new_name = register_as or name
+        _BOUND[key] = _make_provider(name, vocabulary.to_seqio(), template, new_name, inputs_eos)
     provider = _BOUND[key]
     if register_as is not None:
         _register(register_as, provider)

@@ -26,16 +26,21 @@ class TaskSpec:
         strings `inputs` and `targets`, and the strings named in `extra_fields`. Raises DataError
         where data are missing or damaged.
       metrics: names in `tasks.metrics.METRICS`.
-      sizes: number of examples of each split.
+      sizes: number of examples of each split the task has; None where that is known only once the files are there (`size`
+        counts them then).
       extra_fields: further fields of every example, for metrics.
+      group: what tasks that differ in language alone share; empty for others.
+      language: code of the language; empty where the task is in no mixture of a language.
     """
 
     name: str
     description: str
     source: Callable[[str], Sequence[Example]]
     metrics: tuple[str, ...]
-    sizes: Mapping[str, int]
+    sizes: Mapping[str, int | None]
     extra_fields: tuple[str, ...] = ()
+    group: str = ""
+    language: str = ""
 
     def examples(self, split: str) -> Sequence[Example]:
         """The examples of `split`. Raises DataError for an unknown or empty split."""
@@ -45,6 +50,11 @@ class TaskSpec:
         if not examples:
             raise DataError(f"split={split!r} of task {self.name} has no examples")
         return examples
+
+    def size(self, split: str) -> int:
+        """Number of examples of `split`, counted where it is not declared. Raises DataError as `examples`."""
+        declared = self.sizes.get(split)
+        return len(self.examples(split)) if declared is None else declared
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,8 +23,14 @@ ALLOWED = {
     "models": GROUND | {"routing", "adapters"},
     "checkpoints": GROUND | {"adapters", "models"},
     "training": GROUND | {"routing", "adapters", "models", "checkpoints"},
+    "t5x_integration": GROUND | {"routing", "adapters", "models", "checkpoints", "training"},
 }
-HEAVY = {"seqio", "tensorflow", "tensorflow_datasets", "clu", "tensorboard", "t5", "torch"}
+HEAVY = {"seqio", "tensorflow", "tensorflow_datasets", "clu", "tensorboard", "t5", "t5x", "torch"}
+# The optional engine, which brings TensorFlow with it: one package, whose modules need it but for these, and its scripts.
+T5X = "sira_jax/t5x_integration/"
+WITHOUT_T5X = {f"{T5X}{name}.py" for name in ("__init__", "compat", "rows")}
+T5X_SCRIPTS = {f"scripts/t5x_{name}.py" for name in ("export", "launch", "tasks")}
+OPTIONAL = {"gin"}
 
 
 def imports(path):
@@ -93,14 +99,29 @@ def test_only_tasks_and_the_log_use_tensorflows_world(package):
         for name, at_import in imports(path):
             if name.split(".")[0] not in HEAVY:
                 continue
-            if relative(path) == "sira_jax/training/logging.py":
+            if relative(path).startswith(T5X):
+                assert relative(path) not in WITHOUT_T5X or not at_import, name
+            elif relative(path) in T5X_SCRIPTS:
+                continue
+            elif relative(path) == "sira_jax/training/logging.py":
                 assert name.startswith("clu.")
                 assert not at_import
             else:
                 assert package == "tasks", f"{relative(path)} imports {name}"
 
 
-@pytest.mark.parametrize("package", ["models", "training", "checkpoints", "routing"])
+@pytest.mark.parametrize("package", ["sira_jax", "configs", "scripts", "tasks"])
+def test_only_the_t5x_integration_imports_t5x(package):
+    for path in files(package):
+        for name, _ in imports(path):
+            if name.split(".")[0] == "t5x":
+                # By the one function that says what is missing.
+                assert relative(path) == f"{T5X}engine.py" or relative(path) in T5X_SCRIPTS, name
+
+
+@pytest.mark.parametrize(
+    "package", ["models", "training", "checkpoints", "routing", "t5x_integration"]
+)
 def test_no_package_but_adapters_asks_for_a_method(package):
     """Methods reach the block and the step through hooks: their names and classes stand nowhere else."""
     names = {f'"{name}"' for name in METHODS} | {f"'{name}'" for name in METHODS}
@@ -126,6 +147,7 @@ def test_importing_the_whole_library_brings_no_tensorflow():
     modules = [
         relative(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         for path in LIBRARY
+        if not relative(path).startswith(T5X) or relative(path) in WITHOUT_T5X
     ]
     program = f"""
 import importlib, sys
@@ -167,7 +189,7 @@ def test_requirements_are_the_projects():
 
 
 def test_what_the_code_imports_is_required():
-    """Every third-party module that is imported at all belongs to a listed requirement."""
+    """Every third-party module belongs to a listed requirement: of the tests', if only a function imports it."""
     named_otherwise = {
         "absl": "absl-py",
         "google": "protobuf",
@@ -175,15 +197,21 @@ def test_what_the_code_imports_is_required():
         "ml_dtypes": "ml-dtypes",
         "orbax": "orbax-checkpoint",
         "PIL": "pillow",
+        "yaml": "pyyaml",
+        "rouge_score": "rouge-score",
     }
     config = project()["project"]
     required = {line.split(">")[0].lower() for line in config["dependencies"]}
+    in_functions = {line.split(">")[0] for line in config["optional-dependencies"]["test"]}
     known = set(sys.stdlib_module_names) | {"sira_jax", "configs", "scripts", "tasks"}
     for package in ("sira_jax", "configs", "scripts", "tasks"):
         for path in files(package):
-            for name, _ in imports(path):
+            for name, at_import in imports(path):
                 top = name.split(".")[0]
-                if top not in known:
-                    assert named_otherwise.get(top, top).lower() in required, (
+                if top in {"t5x", *OPTIONAL}:
+                    assert relative(path).startswith(T5X) or relative(path) in T5X_SCRIPTS, name
+                elif top not in known:
+                    allowed = required if at_import else required | in_functions
+                    assert named_otherwise.get(top, top).lower() in allowed, (
                         f"{relative(path)} imports {name}"
                     )

@@ -14,8 +14,10 @@ from sira_jax.errors import ConfigError
 from sira_jax.models import Decoder
 from sira_jax.training.config import ModelSource
 from sira_jax.training.train_state import merge_params, split_params
+from tests import make_stories260k, stories260k
 from tests.adapters.test_every_method import FIELDS
 from tests.hf_models import TINY_LLAMA, weights_by_rule, write_folder
+from tests.quantized_quality import losses
 from tests.tiny import decoder_config, decoder_params, make_batch
 
 NF4 = np.asarray(
@@ -33,26 +35,9 @@ def drawn(shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def reference(kernel, kind):
-    """Rounds each column, or each block of a column, by itself."""
-    out = np.empty_like(kernel)
-    layers, rows, columns = kernel.shape
-    block = rows if kind == "int8" else np.gcd(rows, quantized.BLOCK)
-    for layer in range(layers):
-        for column in range(columns):
-            for start in range(0, rows, block):
-                part = kernel[layer, start : start + block, column]
-                most = np.max(np.abs(part))
-                if kind == "nf4":
-                    nearest = np.argmin(np.abs(part[:, None] / most - NF4), axis=1)
-                    rounded = NF4[nearest] * most
-                else:
-                    # qwix spreads the range over half a step more than the largest integer.
-                    steps = {"int8": 127.5, "int4": 7.5}[kind]
-                    rounded = np.clip(np.round(part / most * steps), -(steps + 0.5), steps - 0.5)
-                    rounded = rounded * most / steps
-                out[layer, start : start + block, column] = rounded
-    return out
+# Multiples of a block's largest magnitude that its numbers are rounded to. qwix spreads it over half a step more than the
+# largest integer.
+GRIDS = {"int8": np.arange(-128, 128) / 127.5, "int4": np.arange(-8, 8) / 7.5, "nf4": NF4}
 
 
 needs_qwix = pytest.mark.skipif(
@@ -68,9 +53,16 @@ def test_values_are_rounded_column_by_column(kind, shape):
     kernel = drawn(shape)
     held = quantized.quantize(jnp.asarray(kernel), kind)
     assert quantized.is_quantized(held)
-    np.testing.assert_allclose(
-        quantized.dequantize(held), reference(kernel, kind), rtol=1e-5, atol=1e-6
-    )
+    rounded = np.asarray(quantized.dequantize(held))
+    rows = shape[1]
+    block = rows if kind == "int8" else np.gcd(rows, quantized.BLOCK)
+    for layer, column, start in np.ndindex(shape[0], shape[2], rows // block):
+        here = (layer, slice(start * block, (start + 1) * block), column)
+        grid = GRIDS[kind] * np.max(np.abs(kernel[here]))
+        # The nearest of the grid, either of two where it lies between them, as the largest magnitude does.
+        least = np.min(np.abs(kernel[here][:, None] - grid), axis=1)
+        np.testing.assert_allclose(np.abs(rounded[here] - kernel[here]), least, atol=1e-5)
+        assert np.max(np.min(np.abs(rounded[here][:, None] - grid), axis=1)) < 1e-5
     bits = {"int8": 8}.get(kind, 4)
     assert jax.dtypes.itemsize_bits(held.qvalue.dtype) == bits
     assert held.scale.dtype == jnp.float32
@@ -132,7 +124,7 @@ def test_layers_keep_no_whole_copy_of_the_base():
     model = Decoder(decoder_config(num_layers=3), METHODS["lora"]())
     adapter_tree, frozen = split_params(decoder_params(model))
     held = quantized_tree(frozen, "int8")
-    batch = make_batch([(5, 3)], 8)
+    batch = make_batch([(5, 3)], 11)
 
     def loss(adapter_tree):
         logits = model.apply({"params": merge_params(adapter_tree, held)}, batch)
@@ -195,3 +187,14 @@ def test_without_qwix_the_option_is_a_mistake(monkeypatch):
     quantized.check_available("none")
     with pytest.raises(ConfigError, match=r"model\.quantization='nf4'.*qwix is not installed"):
         quantized.check_available("nf4")
+
+
+@needs_qwix
+@pytest.mark.skipif(not stories260k.is_there(), reason="stories260K is not there")
+def test_a_real_model_loses_little(tmp_path):
+    make_stories260k.write(tmp_path)
+    got = losses(str(tmp_path), stories=8, length=64)
+    rise = {kind: value - got["none"] for kind, value in got.items()}
+    assert abs(rise["int8"]) < 0.01
+    assert rise["int8"] < min(rise["int4"], rise["nf4"])
+    assert max(rise.values()) < 0.3

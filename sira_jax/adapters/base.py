@@ -192,6 +192,10 @@ class AdapterConfig(abc.ABC):
         """Those of `count_parameters` that one token's forward pass in training uses; the mean where it is random."""
         return self.count_parameters(d_in, d_out)
 
+    def active_layers(self, num_layers: int) -> int:
+        """Layers of a stack whose adapters one token's forward pass in training uses."""
+        return num_layers
+
     @abc.abstractmethod
     def flops_per_token(self, d_in: int, d_out: int) -> AdapterFlops:
         """Forward FLOPs that the equation needs a token (what a dispatch algorithm adds is not counted)."""

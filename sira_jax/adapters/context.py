@@ -23,7 +23,7 @@ class Projection:
       bias_F: b, or None.
       dtype: type of the computation.
       kernel_axes: logical names of the kernel's two axes.
-      quantized: W0 as it is held where that is in few bits (see `quantized`), or None; `kernel_DF` is then made from it.
+      held: W0 as it is held where that is in few bits (see `quantized`), or None; `kernel_DF` is then made from it.
     """
 
     path: str
@@ -31,7 +31,7 @@ class Projection:
     bias_F: jax.Array | None = None
     dtype: Any = jnp.float32
     kernel_axes: tuple[str, str] = ("embed", "mlp")
-    quantized: Any = None
+    held: Any = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -52,8 +52,8 @@ class Projection:
 
     def product(self, x_BTD: jax.Array) -> jax.Array:
         """x W0 without the bias, (B, T, F)."""
-        if self.quantized is not None:
-            return quantized.product(x_BTD, self.quantized)
+        if self.held is not None:
+            return quantized.product(x_BTD, self.held)
         return x_BTD @ self.kernel_DF.astype(self.dtype)
 
     def add_bias(self, y_BTF: jax.Array) -> jax.Array:

@@ -199,6 +199,6 @@ def project_with_sum(module: nn.Module, x_BTD: jax.Array, projection: Projection
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def product(x_BTD, kernel_DF, merged_DF):
         sum_DF = kernel_DF.astype(jnp.float32) + merged_DF
-        return dataclasses.replace(projection, kernel_DF=sum_DF, bias_F=None, quantized=None)(x_BTD)
+        return dataclasses.replace(projection, kernel_DF=sum_DF, bias_F=None, held=None)(x_BTD)
 
     return projection.add_bias(product(x_BTD, projection.kernel_DF, merged_DF))

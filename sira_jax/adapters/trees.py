@@ -134,7 +134,7 @@ def count_model_parameters(
       adapter: config.
       stacks: the model config's `stacks`.
       emb_dim: width of the residual stream.
-      active: count only what a token uses (see `AdapterConfig.active_parameters`).
+      active: count only what a token uses (see `AdapterConfig.active_parameters` and `active_layers`).
     """
     total = 0
     for stack in stacks:
@@ -144,5 +144,6 @@ def count_model_parameters(
             if config:
                 count = config.active_parameters if active else config.count_parameters
                 block += count(d_in, d_out)
-        total += stack.num_layers * block
+        layers = adapter.active_layers(stack.num_layers) if active else stack.num_layers
+        total += layers * block
     return total

@@ -57,6 +57,10 @@ class XGBLoRAConfig(MergingChainConfig):
         scale = self.scale * leaves["buffer_active"][..., None, None]
         return scale * (leaves["lora_a"] @ leaves["lora_b"])
 
+    def active_layers(self, num_layers: int) -> int:
+        """Those of a stage: elsewhere its product is 0."""
+        return min(self.num_layers_per_stage, num_layers)
+
     def choose_layers(self, key: jax.Array, num_layers: int) -> jax.Array:
         """L_s random layers.
 

@@ -1,6 +1,8 @@
 """Shape of a decoder-only language model as plain data. Every difference between model families is a field here."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from sira_jax.errors import check, is_finite_number, is_whole_number
 from sira_jax.models.rope import LinearRopeScaling, RopeScaling
@@ -9,6 +11,17 @@ from sira_jax.models.stacks import Stack
 ACTIVATIONS = ("silu", "gelu_tanh")
 REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+# Fields that every model's config has -> what is allowed.
+CHOICES = {"dtype": DTYPES, "param_dtype": DTYPES, "remat_policy": REMAT_POLICIES}
+
+
+def check_choices(config: Any, choices: Mapping[str, tuple[str, ...]]) -> None:
+    """Raises ConfigError unless each of these fields is one of its choices."""
+    for name, allowed in choices.items():
+        value = getattr(config, name)
+        check(value in allowed, f"model.{name}", value, f"one of {', '.join(allowed)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,25 +177,7 @@ class DecoderConfig:
             is_allowed = value is None or (is_finite_number(value) and value > 0)
             check(is_allowed, f"model.{name}", value, "a number over 0, or None")
         self._check_window()
-        check(
-            self.activation in ACTIVATIONS,
-            "model.activation",
-            self.activation,
-            f"one of {', '.join(ACTIVATIONS)}",
-        )
-        for name in ("dtype", "param_dtype"):
-            check(
-                getattr(self, name) in DTYPES,
-                f"model.{name}",
-                getattr(self, name),
-                f"one of {', '.join(DTYPES)}",
-            )
-        check(
-            self.remat_policy in REMAT_POLICIES,
-            "model.remat_policy",
-            self.remat_policy,
-            f"one of {', '.join(REMAT_POLICIES)}",
-        )
+        check_choices(self, CHOICES | {"activation": ACTIVATIONS})
 
     def _check_window(self):
         window, pattern = self.sliding_window, self.window_pattern

@@ -3,7 +3,7 @@
 import dataclasses
 
 from sira_jax.errors import check, is_finite_number, is_whole_number
-from sira_jax.models.config import DTYPES, REMAT_POLICIES
+from sira_jax.models.config import CHOICES, check_choices
 from sira_jax.models.stacks import Stack
 
 ACTIVATIONS = ("relu", "gelu", "silu", "linear")
@@ -145,16 +145,4 @@ class EncoderDecoderConfig:
             start,
             f"from 0 to vocab_size - 1 = {self.vocab_size - 1}",
         )
-        for name in ("dtype", "param_dtype"):
-            check(
-                getattr(self, name) in DTYPES,
-                f"model.{name}",
-                getattr(self, name),
-                f"one of {', '.join(DTYPES)}",
-            )
-        check(
-            self.remat_policy in REMAT_POLICIES,
-            "model.remat_policy",
-            self.remat_policy,
-            f"one of {', '.join(REMAT_POLICIES)}",
-        )
+        check_choices(self, CHOICES)

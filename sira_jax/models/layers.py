@@ -44,6 +44,15 @@ class RMSNorm(nn.Module):
         return normed.astype(x_BTD.dtype)
 
 
+def look_up(embedder: nn.Embed, tokens_BT: jax.Array) -> jax.Array:
+    """The embeddings (B, T, D) of token ids, as `embedder` itself gives them.
+
+    The table's width is gathered first where it is cut: looked up in a part, the embeddings of all devices' tokens would be.
+    """
+    table_VD = constrain(embedder.embedding.astype(embedder.dtype), "vocab", None)
+    return constrain(jnp.take(table_VD, tokens_BT, axis=0), "batch", None, None)
+
+
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
     """cap * tanh(x / cap), which lies between -cap and cap; x itself without a cap. arXiv 2408.00118, section 2."""
     return x if cap is None else cap * jnp.tanh(x / cap)
@@ -98,6 +107,13 @@ class Projections(nn.Module):
             name=name,
         )
 
+    def cached(self, name: str, new: jax.Array, length: int, index: jax.Array) -> jax.Array:
+        """All slots of the cache `name`, (B, length, ...), after `new` (B, T, ...) went to those from `index` on."""
+        shape = (new.shape[0], length, *new.shape[2:])
+        cache = self.variable("cache", name, jnp.zeros, shape, new.dtype)
+        cache.value = jax.lax.dynamic_update_slice_in_dim(cache.value, new, index, axis=1)
+        return cache.value
+
 
 class Attention(Projections):
     """Causal self-attention with grouped queries and rotary positions (arXiv 2305.13245, 2104.09864).
@@ -142,8 +158,8 @@ class Attention(Projections):
             )
         q_BTHP, k_BSKP = apply_rotary(q_BTHP, rotary), apply_rotary(k_BSKP, rotary)
         if cache_index is not None:
-            k_BSKP = self._cached("cached_key", k_BSKP, mask_BTS.shape[-1], cache_index)
-            v_BSKP = self._cached("cached_value", v_BSKP, mask_BTS.shape[-1], cache_index)
+            k_BSKP = self.cached("cached_key", k_BSKP, mask_BTS.shape[-1], cache_index)
+            v_BSKP = self.cached("cached_value", v_BSKP, mask_BTS.shape[-1], cache_index)
         scale = 1 / math.sqrt(config.query_pre_attn_scalar or width)
         if config.attention_softcap is None:
             out_BTHP = jax.nn.dot_product_attention(
@@ -154,12 +170,6 @@ class Attention(Projections):
             out_BTHP = capped_attention(q_BTHP, k_BSKP, v_BSKP, mask_BTS, scale, cap)
         out_BTD = out_BTHP.reshape(batch, length, heads * width)
         return self.dense("o", config.emb_dim, ("heads", "embed"))(out_BTD, context)
-
-    def _cached(self, name: str, new: jax.Array, length: int, index: jax.Array) -> jax.Array:
-        shape = (new.shape[0], length, *new.shape[2:])
-        cache = self.variable("cache", name, jnp.zeros, shape, new.dtype)
-        cache.value = jax.lax.dynamic_update_slice_in_dim(cache.value, new, index, axis=1)
-        return cache.value
 
 
 class MLP(Projections):

@@ -146,15 +146,9 @@ class SelfAttention(_Attention):
         k_BSHP = self.heads("key", x_BTD, context)
         v_BSHP = self.heads("value", x_BTD, context)
         if cache_index is not None:
-            k_BSHP = self._cached("cached_key", k_BSHP, mask_BTS.shape[-1], cache_index)
-            v_BSHP = self._cached("cached_value", v_BSHP, mask_BTS.shape[-1], cache_index)
+            k_BSHP = self.cached("cached_key", k_BSHP, mask_BTS.shape[-1], cache_index)
+            v_BSHP = self.cached("cached_value", v_BSHP, mask_BTS.shape[-1], cache_index)
         return self.attend(q_BTHP, k_BSHP, v_BSHP, mask_BTS, bias_1HTS, context)
-
-    def _cached(self, name: str, new: jax.Array, length: int, index: jax.Array) -> jax.Array:
-        shape = (new.shape[0], length, *new.shape[2:])
-        cache = self.variable("cache", name, jnp.zeros, shape, new.dtype)
-        cache.value = jax.lax.dynamic_update_slice_in_dim(cache.value, new, index, axis=1)
-        return cache.value
 
 
 class CrossAttention(_Attention):

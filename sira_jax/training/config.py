@@ -290,11 +290,8 @@ class MeshConfig:
     """How the devices are arranged, and what is cut along which of their axes.
 
     Attributes:
-      data: devices along which rows of the batch are cut and parameters are whole; -1, in one axis, stands for the devices
-        that are left.
-      fsdp: devices along which rows of the batch and the base's matrices are cut.
-      tensor: devices along which heads, MLP and vocabulary are cut.
-      expert: devices along which rows of the batch and the experts of routed adapters are cut.
+      data, fsdp, tensor, expert: devices along each mesh axis; -1, in one of them, stands for the devices that are left.
+        docs/scaling.md says what is cut along which.
       rules: changes to the table in training/axis_rules.py: pairs of a logical axis and the mesh axes it is cut along, for
         example (("adapter_mlp", None), ("embed", ("data", "fsdp"))); a mapping is taken too.
     """

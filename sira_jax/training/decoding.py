@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.experimental import multihost_utils
 
 from sira_jax.adapters.base import STACKED
 from sira_jax.errors import DataError, check
@@ -375,11 +376,18 @@ def generate(
         else:
             key = jax.random.fold_in(jax.random.key(config.seed), first)
             tokens_BM, _ = _generate(model, params, batch, config, eos_ids, pad_id, key)
-        for index, row in zip(chosen, np.asarray(tokens_BM), strict=False):
+        for index, row in zip(chosen, _on_host(tokens_BM), strict=False):
             results[index] = cut_at_stop(row.tolist(), eos_ids)
         if on_batch:
             on_batch(len(chosen))
     return results
+
+
+def _on_host(x: jax.Array) -> np.ndarray:
+    """The whole array, of which this process may hold a part."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def cut_at_stop(tokens: list[int], eos_ids: tuple[int, ...]) -> list[int]:

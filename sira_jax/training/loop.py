@@ -253,7 +253,7 @@ class Trainer:
         with _StopSignal() as stop:
             try:
                 for step in range(start + 1, train.num_steps + 1):
-                    agreed = vote(stop.received)
+                    agreed = vote(lambda: stop.received)
                     batch = self._layout.put(self._data.next_batch())
                     self.state, metrics = self._step(self.state, self._frozen, batch)
                     metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}

@@ -31,6 +31,7 @@ LOST_STATUS = 75
 USER_ERROR = 2
 _DEFECT = 1
 _INTERVAL = 1.0
+_SUSPICION = 8.0
 _ALIVE, _FAILED = "sira_jax/alive/", "sira_jax/failed/"
 _GOES_ON = "start all processes again with the same command to go on from the last checkpoint"
 
@@ -97,7 +98,7 @@ def initialize(timeout: int = 300) -> None:
 
 
 @contextlib.contextmanager
-def joined(patience: float, timeout: int = 300) -> Iterator[None]:
+def joined(patience: float = 60.0, timeout: int = 300) -> Iterator[None]:
     """Runs its body as one of several processes, which all end when one does before its time.
 
     A mistake of the user's (SiraError) ends the process with one line and status 2, another exception with its stack trace and
@@ -161,8 +162,10 @@ class _Watch:
         _exit(status)
 
     def await_verdict(self) -> None:
-        """Waits for what the thread finds out: it ends the process if another is lost."""
-        time.sleep(self._patience + 2 * _INTERVAL if self._count > 1 else 0)
+        """Waits, after an error that the loss of a process explains, for what the thread finds out, and with less patience."""
+        if self._count > 1:
+            self._patience = min(self._patience, _SUSPICION)
+            time.sleep(self._patience + 3 * _INTERVAL)
 
     def _run(self) -> None:
         beat = 0
@@ -248,10 +251,15 @@ class StopVote:
         # Each device has its own number, all get the largest.
         self._largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-    def __call__(self, signal_name: str | None) -> Callable[[], str | None]:
-        """Starts the vote with what this process was sent; the result is the name of a signal that any was sent, or None."""
+    def __call__(self, received: Callable[[], str | None]) -> Callable[[], str | None]:
+        """Starts the vote; the result, called after the step, is the name of a signal that any process was sent, or None.
+
+        Args:
+          received: the name of the signal that this process was sent so far, or None. One process alone asks at the end.
+        """
         if self._is_alone:
-            return lambda: signal_name
+            return received
+        signal_name = received()
         number = 0 if signal_name is None else int(signal.Signals[signal_name])
         votes = jax.make_array_from_callback(
             (self._size,), self._sharding, lambda index: np.full(1, number, np.int32)

@@ -41,6 +41,11 @@ def step_rngs(
     }
 
 
+def step_end_key(seed: int, step: jax.Array | int) -> jax.Array:
+    """The key of `AdapterConfig.after_step` at the end of the step that `step` steps were done before."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), _STEP_END)
+
+
 def symmetric_kl(first_V: jax.Array, second_V: jax.Array) -> jax.Array:
     """(KL(p || q) + KL(q || p)) / 2 of the distributions of two arrays of logits, nats, over the last axis."""
     log_p_V = jax.nn.log_softmax(first_V.astype(jnp.float32))
@@ -277,9 +282,7 @@ def make_train_step(
         trained = optax.apply_updates(trained, updates)
         adapter = merge_params(trained, buffers)
         if model.adapter is not None:
-            key = jax.random.fold_in(
-                jax.random.fold_in(jax.random.key(seed), state.step), _STEP_END
-            )
+            key = step_end_key(seed, state.step)
             info = StepInfo(step=state.step + 1, num_steps=num_steps, key=key)
             adapter, restart = model.adapter.after_step(adapter, info)
             if restart is not None:

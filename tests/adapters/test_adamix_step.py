@@ -139,6 +139,7 @@ def test_consistency_term_of_a_step(gradient, parts, chunk_size):
     )
 
 
+@pytest.mark.slow
 def test_gradient_through_the_first_pass_is_unbiased():
     """Averaged over both orders of the two passes, twice the first pass's gradient is the whole one's: by symmetry."""
     keys = [step_rngs(SEED, STEP, 0, second_pass=second) for second in (False, True)]

@@ -95,7 +95,7 @@ def test_gradients_are_those_of_the_equation(norm_gradient):
 
 
 @pytest.mark.parametrize("context", [EVALUATION, TRAINING], ids=["evaluation", "training"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_fresh_adapter_leaves_every_bit(dtype, context):
     """For kernels of any size, whose norms' rounding differs, and under dropout as well."""
     rngs = {"dropout": jax.random.key(0)}

@@ -89,10 +89,10 @@ def logits(model, params, batch):
     return model.apply({"params": params}, batch)
 
 
-# Three whose own files start, train and merge them anyway run here under `make test-all` alone.
-ELSEWHERE = ("adamix", "dynamic_dora", "rac_lora")
+# Every method compiles programs of its own; those whose own files start and train them anyway run here under `make test-all`.
+HERE = ("lora", "sira", "molora", "malora", "melora", "reslora", "xgblora")
 methods = pytest.mark.parametrize(
-    "method", [pytest.param(m, marks=pytest.mark.slow) if m in ELSEWHERE else m for m in METHODS]
+    "method", [m if m in HERE else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
 )
 # Every method compiles programs of its own: of the costlier checks the fast suite runs those of two.
 thorough = pytest.mark.parametrize(

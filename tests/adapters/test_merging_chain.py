@@ -217,6 +217,7 @@ def test_merged_kernels_are_base_sum_and_running_stage(name):
         assert np.any(product(model.adapter, leaves))
 
 
+@pytest.mark.slow
 @chains
 def test_stacked_and_separate_layers_go_through_the_same_chain(name):
     """Starts and merges give the same values in both layouts; the step between them is drawn."""

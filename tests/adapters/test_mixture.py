@@ -173,7 +173,14 @@ def test_all_padding_gives_zeros_and_no_nan(config):
 
 
 @configs
-@pytest.mark.parametrize(("dtype", "k"), [("float32", None), ("float32", 2), ("bfloat16", None)])
+@pytest.mark.parametrize(
+    ("dtype", "k"),
+    [
+        ("float32", 2),
+        pytest.param("float32", None, marks=pytest.mark.slow),
+        pytest.param("bfloat16", None, marks=pytest.mark.slow),
+    ],
+)
 def test_fresh_adapter_leaves_the_output_bitwise_unchanged(config, dtype, k):
     x = normal(B, T, D, seed=3)
     config = dataclasses.replace(config, num_selected_experts=k, router_init_std=1.0)

@@ -9,7 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sira_jax.adapters import AdaptedDense, AdapterContext, XGBLoRAConfig
+from sira_jax.adapters import (
+    AdaptedDense,
+    AdapterContext,
+    XGBLoRAConfig,
+    count_model_parameters,
+)
 from sira_jax.errors import ConfigError
 from sira_jax.models import Decoder
 from sira_jax.training.train_state import init_adapter
@@ -198,3 +203,15 @@ def test_wrong_fields_are_named(field, value):
 def test_overrides_cannot_change_the_number_of_layers():
     with pytest.raises(ConfigError, match=r"adapter\.overrides\['q'\].*num_layers_per_stage"):
         XGBLoRAConfig(overrides={"q": {"num_layers_per_stage": 1}})
+
+
+def test_a_token_uses_the_parameters_of_a_stages_layers():
+    sizes = decoder_config(num_layers=5)
+    counts = {
+        layers: count_model_parameters(
+            XGBLoRAConfig(num_layers_per_stage=layers), sizes.stacks, sizes.emb_dim, active=True
+        )
+        for layers in (1, 2, 9)
+    }
+    whole = count_model_parameters(XGBLoRAConfig(), sizes.stacks, sizes.emb_dim)
+    assert counts == {1: whole // 5, 2: whole // 5 * 2, 9: whole}

@@ -67,7 +67,13 @@ def test_every_method_comes_back_in_either_layout(tmp_path, method, saved_scanne
     assert_same_params(tree, expected if loaded_scanned else apart(expected))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        m if m in ("lora", "sira", "milora") else pytest.param(m, marks=pytest.mark.slow)
+        for m in METHODS
+    ],
+)
 def test_expected_shapes_are_those_of_a_fresh_adapter(method):
     for scan_layers in (True, False):
         config = model_config(scan_layers)

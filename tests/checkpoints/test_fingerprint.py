@@ -184,6 +184,7 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_sharding_changes_neither_values_nor_the_name(tmp_path):
     path = write_folder(tmp_path, TINY_LLAMA, weights_by_rule(TINY_LLAMA))
     environment = {

@@ -138,7 +138,7 @@ def test_dora_stores_the_whole_magnitude(tmp_path):
         np.testing.assert_allclose(tensors[name], norms + delta[layer], rtol=1e-5)
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("scan_layers", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", EXPORTED)
 def test_what_comes_back_computes_the_same(tmp_path, method, scan_layers):
     config = make(method)

@@ -189,7 +189,14 @@ COMMANDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("config", "arguments", "named"), [(c, a, n) for c, a, *n in COMMANDS])
+# Each is a process of its own: the fast suite has the first two.
+@pytest.mark.parametrize(
+    ("config", "arguments", "named"),
+    [
+        pytest.param(c, a, n, marks=[pytest.mark.slow] if place > 1 else [])
+        for place, (c, a, *n) in enumerate(COMMANDS)
+    ],
+)
 def test_command_line(config, arguments, named, model, tmp_path, no_cache):
     folder = config_files(tmp_path, model)
     arguments = [argument.format(dir=folder) for argument in arguments]

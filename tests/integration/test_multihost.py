@@ -23,7 +23,7 @@ from tests.hf_models import TINY_LLAMA, weights_by_rule, write_folder
 
 REPO = Path(__file__).resolve().parents[2]
 STEPS = 24
-PATIENCE = 12
+PATIENCE = 60
 
 CONFIG = """
 from configs import base
@@ -176,7 +176,8 @@ def test_two_processes_stopped_killed_and_resumed_are_one_unbroken_run(start, un
     (out, err, status), (other_out, other_err, other_status) = finish(processes)
     assert (status, other_status) == (0, 0), err + other_err
     assert last_line(out).startswith("stopped by SIGTERM after saving")
-    assert other_out == ""
+    # Gloo itself writes to standard output.
+    assert not [line for line in other_out.splitlines() if "connected" not in line]
     stopped = newest(workdir)
     assert 2 <= stopped < STEPS
 

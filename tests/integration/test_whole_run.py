@@ -206,6 +206,7 @@ def test_evaluate_and_generate(unbroken, tmp_path):
     assert asked.stdout.strip() != ""
 
 
+@pytest.mark.slow  # tests/training/test_loop_checkpoints.py refuses in this process
 def test_resuming_with_another_config_is_refused(config_file, unbroken):
     before = sorted(str(p) for p in unbroken.rglob("*"))
     refused = train(config_file, unbroken, "--config.adapter.rank=3")

@@ -1,7 +1,6 @@
 """Runs with different adapters on one tiny base, and the scripts called on them in this process."""
 
 import dataclasses
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from sira_jax.training.config import make_experiment
 from sira_jax.training.train_state import init_adapter, split_params
 from tests.hf_models import weights_by_rule, write_folder
 from tests.integration.mistakes import SHAPE, fields
+from tests.scripts.flagged import imported
 from tests.tiny import draw
 
 TASKS = ["cldr_number_en", "cldr_relative_sw"]
@@ -75,22 +75,14 @@ def make_runner(runs: Path, monkeypatch, capsys):
     """
 
     def call(name, *arguments, stdin=None):
-        before = set(flags.FLAGS)
         if stdin is not None:
             monkeypatch.setattr(sys, "stdin", stdin)
-        module = importlib.import_module(f"scripts.{name}")
-        try:
+        with imported(name) as module:
             flags.FLAGS([name, *(argument.format(runs) for argument in arguments)])
             capsys.readouterr()
             module.main([])
             out, call.errors = capsys.readouterr()
             return out
-        finally:
-            # Other scripts' flags have the same names.
-            for flag in set(flags.FLAGS) - before:
-                delattr(flags.FLAGS, flag)
-            flags.FLAGS.unparse_flags()
-            del sys.modules[f"scripts.{name}"]
 
     call.folder = runs
     return call

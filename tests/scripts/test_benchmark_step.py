@@ -7,6 +7,7 @@ from sira_jax.errors import ConfigError
 from tests.tiny import decoder_config
 
 
+@pytest.mark.slow
 def test_candidates_are_held_against_the_lora_of_their_trained_rank():
     adapters = method_adapters(["sira", "lora"])
     assert list(adapters) == ["lora_r64", "sira", "lora_r4", "lora"]

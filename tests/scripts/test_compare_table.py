@@ -8,7 +8,7 @@ import pytest
 
 from scripts import compare_table
 from scripts.compare_figure import draw, spread
-from scripts.compare_report import write_comparison
+from scripts.compare_report import render, write_comparison
 from scripts.compare_runs import COSTS_FILE, first_experiments, save_plan
 from scripts.compare_table import interval, student_t
 from scripts.report_page import markdown_table
@@ -201,3 +201,25 @@ def test_labels_keep_apart_and_in_order():
     assert max(places) <= 1 + 1e-9
     # 0.99 and 1 become 0.965 and 1.025, and everything goes down by what is too high.
     assert places[3:5] == pytest.approx([0.48 - 0.025, 0.54 - 0.025])
+
+
+def test_table_and_picture_can_be_made_from_the_json_alone(tmp_path):
+    first, again = tmp_path / "first", tmp_path / "again"
+    by_method = specs(first)
+    save_plan(first, {"budget": "rank", "rank": 4, "seeds": [0, 1], "sizes": sizes()}, by_method)
+    write_result(by_method["lora"][0], loss=1.0, chrf=50.0)
+    write_result(by_method["lora"][1], loss=2.0, chrf=70.0)
+    write_comparison(first)
+    again.mkdir()
+    path = again / "results.json"
+    path.write_bytes((first / "comparison.json").read_bytes())
+    render(path)
+    table = (first / "comparison.md").read_text().replace("comparison.png", "results.png")
+    assert (again / "results.md").read_text() == table
+    assert (again / "results.png").read_bytes() == (first / "comparison.png").read_bytes()
+    for text in ("", "[]", '{"rows": []}'):
+        path.write_text(text)
+        with pytest.raises(DataError, match=r"is no comparison\.json"):
+            render(path)
+    with pytest.raises(DataError, match="No such file"):
+        render(again / "none.json")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tasks import datasets
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -49,6 +51,9 @@ def test_list():
     assert result.returncode == 0, result.stderr
     assert "cldr_date_sw" in result.stdout
     assert "2000/100/200" in result.stdout
+    assert re.search(r"snips +\?/\?/700 ", result.stdout)
+    assert re.search(r"afriqa_sw +-/-/\? ", result.stdout)
+    assert re.search(r"xtreme_up_ner +20, \? ", result.stdout)
     assert "mixtures" in result.stdout
 
 
@@ -95,11 +100,32 @@ def test_mistakes_are_one_line(arguments, message, tmp_path):
         (["bfc"], "no data 'bfc': use one of bfcl, smollm2-135m"),
         ([], "the following arguments are required: NAME"),
         (["bfcl", "--mirror=/nowhere"], "mirror /nowhere has no file bfcl_eval-"),
+        (["bfcl", "--mirror=http://localhost"], "of bfcl is not allowed: use a folder"),
+        (
+            ["snips"],
+            "licence CC0-1.0 (https://github.com/sonos/nlu-benchmark): read it, and accept",
+        ),
+        (["forumsum"], "no address is known for forumsum"),
+        (
+            ["gsm8k", "--accept_license=MIT", "--mirror=/nowhere"],
+            "mirror has no file /nowhere/gsm8k/LICENSE",
+        ),
     ],
 )
 def test_download_mistakes(arguments, message, tmp_path):
-    result = run("download_data.py", *arguments, SIRA_CACHE=str(tmp_path / "cache"))
+    environment = {"SIRA_CACHE": str(tmp_path / "cache"), "SIRA_DATA_DIR": ""}
+    result = run("download_data.py", *arguments, **environment)
     assert result.returncode == 2
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
-    assert not list(tmp_path.glob("cache/*"))
+    assert not [path for path in tmp_path.glob("cache/**/*") if path.is_file()]
+
+
+def test_show_a_downloaded_task(tmp_path):
+    datasets.write_all(tmp_path)
+    result = run("show_task.py", "xtreme_up_ner_sw", "--num=1", f"--data_dir={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    assert "LOC: Kenya $$ PER: Ọla" in result.stdout
+    result = run("show_task.py", "finqa", f"--data_dir={tmp_path}/none")
+    assert result.returncode == 2
+    assert "is not allowed: a folder that exists" in result.stderr

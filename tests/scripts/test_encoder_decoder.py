@@ -1,12 +1,15 @@
 """The scripts on an encoder-decoder: a run from training to a merged Hugging Face folder."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from flax import traverse_util
 
-from sira_jax.adapters import LoRAConfig
+from scripts.compare_plan import Options, plan_runs
+from sira_jax.adapters import METHODS, LoRAConfig
 from sira_jax.checkpoints import load_base_model, peft
 from sira_jax.errors import CheckpointError, ConfigError, SiraError
 from sira_jax.models import EncoderDecoderConfig, make_model
@@ -104,6 +107,22 @@ def test_a_t5x_checkpoint_becomes_a_folder(tmp_path, capsys):
     with pytest.raises(ConfigError, match="--preset=smollm2-135m"):
         convert("t5x", *arguments[:1], tmp_path / "no", "--preset=smollm2-135m")
     assert not (tmp_path / "no").exists()
+
+
+def test_a_comparison_of_all_methods_leaves_out_what_the_model_cannot_have(folder, capsys):
+    config = Path(__file__).parents[2] / "configs/experiments/compare.py"
+    overrides = {"data.vocabulary": "bytes", "data.target_length": 96}
+    options = Options(
+        config=str(config),
+        model=str(folder / "model"),
+        tasks=("cldr_number_en",),
+        overrides=overrides,
+    )
+    by_method, sizes = plan_runs(options, folder / "compare")
+    assert set(by_method) == set(sizes) == {"none", *METHODS} - {"milora"}
+    assert "milora is left out: adapter.method='milora'" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"milora: adapter\.method"):
+        plan_runs(dataclasses.replace(options, methods=("milora",)), folder / "compare")
 
 
 def test_peft_is_refused(folder, tmp_path):

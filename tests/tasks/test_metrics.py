@@ -58,5 +58,5 @@ def test_missing_fields():
         METRICS["ast_match"](["f(a=1)"], ["f(a=1)"])
     with pytest.raises(DataError, match="needs the field 'targets'"):
         METRICS["exact_match"](["x"], [{"answers": "x"}])
-    with pytest.raises(DataError, match="metric 'rouge': use exact_match, chrf, ast_match"):
-        evaluate(["rouge"], ["x"], ["x"])
+    with pytest.raises(DataError, match="metric 'rogue': use exact_match, chrf, ast_match"):
+        evaluate(["rogue"], ["x"], ["x"])

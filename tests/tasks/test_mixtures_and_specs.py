@@ -129,7 +129,7 @@ def test_no_tensorflow_without_the_registry():
     code = (
         "import sys, pkgutil, importlib, sira_jax\n"
         "for module in pkgutil.walk_packages(sira_jax.__path__, 'sira_jax.'):\n"
-        "    importlib.import_module(module.name)\n"
+        "    if '.t5x_integration.' not in module.name: importlib.import_module(module.name)\n"
         "import tasks\n"
         "ours = tasks.load_mixture('cldr_sw', 'test', 'bytes', limit=20)\n"
         "tasks.InputPipeline(*ours, batch_size=2, converter=tasks.DecoderFeatures(length=128), seed=0).next_batch()\n"

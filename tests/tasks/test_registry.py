@@ -15,6 +15,7 @@ from tasks.features import make_example
 from tasks.loading import load_mixture, load_task
 from tasks.templates import ChatTemplate, PlainTemplate
 from tasks.vocabularies import ByteVocabulary, TokenizersVocabulary, make_vocabulary
+from tests.tasks import datasets
 from tests.tasks.conftest import EOS
 from tests.tasks.test_bfcl import data  # noqa: F401 - a fixture
 from tests.tasks.test_templates import CHATML
@@ -58,7 +59,7 @@ def test_every_task_and_mixture_is_registered():
         provider = seqio.get_mixture_or_task(name)
         assert isinstance(provider, seqio.Task)
         assert set(provider.output_features) == {"inputs", "targets"}
-        assert set(provider.splits) == set(specs.SPLITS)
+        assert set(provider.splits) == set(specs.TASKS[name].sizes)
         assert [metric.__name__ for metric in provider.metric_fns] == list(
             specs.TASKS[name].metrics
         )
@@ -83,6 +84,28 @@ def test_bfcl_through_seqio(data):  # noqa: F811
     task = load_task("bfcl_simple", "train", "bytes")
     assert_same(examples, task)
     assert [e["answers"].decode() for e in examples] == [e["answers"] for e in task.examples]
+
+
+@pytest.fixture
+def downloaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("SIRA_DATA_DIR", str(tmp_path))
+    datasets.write_all(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["finqa", "xtreme_up_ner_sw", "dialogsum"])
+def test_downloaded_tasks_through_seqio(downloaded, name):
+    """Further fields come along, empty targets too; a size that is not declared is counted."""
+    examples = read(seqio.get_mixture_or_task(name), "test", None)
+    task = load_task(name, "test", "bytes")
+    assert_same(examples, task)
+    for field in specs.get_task(name).extra_fields:
+        assert [e[field].decode() for e in examples] == [e[field] for e in task.examples]
+
+
+def test_sizes_that_are_not_declared_are_counted(downloaded):
+    assert bind("afriqa_ha", "bytes").num_input_examples("train") == 60
+    with pytest.raises(DataError, match="split='train' of task afriqa_sw: it has"):
+        bind("afriqa_sw", "bytes").num_input_examples("train")
 
 
 def test_missing_data_is_our_error(tmp_path, monkeypatch):

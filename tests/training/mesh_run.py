@@ -2,8 +2,8 @@
 
     python -m tests.training.mesh_run CASES.json OUT
 
-CASES is a list of {name, kind, mesh, adapter}. The directory OUT gets NAME.npz for each, with the metrics of both steps and the
-gradients of the second, and NAME.PROCESS.json with the collectives of the compiled step.
+CASES is a list of {name, kind, mesh, adapter}. The directory OUT gets NAME.npz for each, with the metrics and gradients
+of both steps, and NAME.PROCESS.json with the collectives of the compiled step.
 """
 
 import json
@@ -24,6 +24,7 @@ from sira_jax.training.partitioning import (
     BatchLayout,
     make_mesh,
     make_rules,
+    optimizer_shardings,
     param_shardings,
     placed,
     replicated,
@@ -55,7 +56,7 @@ def _decoder(adapter):
     model = Decoder(decoder_config(vocab_size=VOCAB), adapter)
     lengths = [(5, 3), (7,), (4, 2, 2), (8,), (6,), (3, 3), (8,), (2, 5)]
     batches = [make_batch(lengths, LENGTH, seed=step, vocab=VOCAB) for step in range(STEPS)]
-    return model, decoder_params(model), batches
+    return model, decoder_params(model, scale=0.25), batches
 
 
 def _encoder_decoder(adapter):
@@ -63,7 +64,7 @@ def _encoder_decoder(adapter):
     model = EncoderDecoder(config, adapter)
     pairs = [[(6, 2)], [(3, 5)], [(4, 3), (4, 2)], [(8, 6)], [(2, 2)], [(5, 4)], [(7, 1)], [(3, 3)]]
     batches = [t5_batch(pairs, (LENGTH, LENGTH), seed=step, vocab=VOCAB) for step in range(STEPS)]
-    return model, t5_params(model), batches
+    return model, t5_params(model, scale=0.25), batches
 
 
 KINDS = {"decoder": _decoder, "encoder_decoder": _encoder_decoder}
@@ -98,39 +99,43 @@ def run(case):
     shardings = param_shardings(abstract_params(model), mesh, rules)
     adapter_tree, frozen = split_params(place(params, shardings))
     # The trace without decay is the last gradient.
-    optimizer = optax.chain(optax.trace(decay=0.0), optax.scale(-0.3))
+    optimizer = optax.chain(optax.trace(decay=0.0), optax.scale(-0.01))
     steps = case.get("accumulation_steps", 1)
     step = make_train_step(
         model,
         optimizer,
-        optax.constant_schedule(0.3),
+        optax.constant_schedule(0.01),
         seed=3,
         num_steps=STEPS,
         accumulation_steps=steps,
     )
     everywhere = replicated(mesh)
+    moments = optimizer_shardings(
+        jax.eval_shape(optimizer.init, adapter_tree),
+        adapter_tree,
+        split_params(shardings)[0],
+        mesh,
+    )
     state = TrainState(
         step=place(np.int32(0), everywhere),
         adapter=adapter_tree,
-        optimizer=jax.jit(optimizer.init)(adapter_tree),
+        optimizer=jax.jit(optimizer.init, out_shardings=moments)(adapter_tree),
     )
+    layouts = jax.tree.map(lambda x: x.sharding, state)
     layout = BatchLayout(mesh, ROWS, rules)
-    compiled, history = None, []
+    compiled, history, arrays = None, [], {}
     for batch in batches:
         local = {name: x[list(layout.rows)] for name, x in batch.items()}
         arguments = (state, frozen, layout.put(local))
         if compiled is None:
-            jitted = jax.jit(placed(step, mesh, rules), out_shardings=(None, everywhere))
+            jitted = jax.jit(placed(step, mesh, rules), out_shardings=(layouts, everywhere))
             compiled = jitted.lower(*arguments).compile()
-            layouts = compiled.input_shardings[0]
-        state, metrics = compiled(*jax.device_put(arguments, layouts))
-        state = jax.device_put(state, layouts[0])
+        state, metrics = compiled(*arguments)
+        gradients = jax.jit(lambda x: x, out_shardings=everywhere)(state.optimizer[0].trace)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            arrays[f"gradient/{len(history)}/{name}"] = np.asarray(leaf)
         history.append({name: float(x) for name, x in metrics.items()})
-    gradients = jax.jit(lambda x: x, out_shardings=everywhere)(state.optimizer[0].trace)
-    arrays = {
-        "gradient/" + jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)
-    }
     arrays |= {f"metric/{name}": [entry[name] for entry in history] for name in history[0]}
     weights = [
         leaf.size // (leaf.shape[0] if leaf.ndim > 2 else 1) for leaf in jax.tree.leaves(frozen)

@@ -40,6 +40,7 @@ WRONG = {
     "model.param_dtype": ["int8"],
     "model.remat_policy": ["some", True],
     "model.scan_layers": [1, "yes", None],
+    "model.quantization": ["int3", None, 8],
     "data.tasks": [(), "", ("a", ""), ("a", 5), 5, None],
     "data.rates": ["even", None, ["equal"]],
     "data.temperature": [0.5, NAN, INFINITY, "2", True],
@@ -57,6 +58,7 @@ WRONG = {
     "optimizer.weight_decay": [-1, NAN],
     "optimizer.beta1": [-0.1, 1.0, 1.5],
     "optimizer.beta2": [-0.1, 1.0, None],
+    "data.target_length": [-1, 0.5],
     "optimizer.epsilon": [-1e-8, 0, NAN],
     "optimizer.clip_norm": [0, -1.0, NAN, "1"],
     "train.num_steps": [0, 1.0, True, None],
@@ -85,6 +87,7 @@ WRONG = {
     "mesh.fsdp": [0, True],
     "mesh.tensor": [-3],
     "mesh.expert": [None],
+    "mesh.rules": [3, {"width": "fsdp"}, {"embed": "model"}, (("embed",),)],
 }
 
 

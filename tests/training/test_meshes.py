@@ -6,6 +6,7 @@ Eight devices are made of the CPU by a flag that holds for a whole process, so `
 import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -44,24 +45,36 @@ def name_of(case):
     return "-".join([kind, *sizes, *(str(value) for value in adapter.values())])
 
 
-def run_cases(cases, directory, timeout):
-    """{name: (arrays, facts)}"""
+def run_cases(cases, directory, timeout=1200, processes=1):
+    """{name: (arrays, facts)}, of eight devices shared out over so many processes."""
     listed = [
         {"name": name_of(case), "kind": case[0], "mesh": case[1], "adapter": case[2]}
         for case in cases
     ]
     (directory / "cases.json").write_text(json.dumps(listed))
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.training.mesh_run", directory / "cases.json", directory],
-        cwd=REPOSITORY,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    count = f"--xla_force_host_platform_device_count={8 // processes}"
+    common = {"XLA_FLAGS": f"{count} --xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "tests.training.mesh_run", directory / "cases.json", directory]
+    started = []
+    for index in range(processes):
+        who = {
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": str(processes),
+            "JAX_PROCESS_ID": str(index),
+        }
+        environ = os.environ | common | (who if processes > 1 else {})
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, cwd=REPOSITORY, env=environ, **pipes))
+    try:
+        for process in started:
+            _, errors = process.communicate(timeout=timeout)
+            assert process.returncode == 0, errors[-3000:]
+    finally:
+        for process in started:
+            process.kill()
     return {case["name"]: read(directory, case["name"]) for case in listed}
 
 
@@ -80,7 +93,7 @@ def assert_same(got, expected):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return run_cases(FAST, tmp_path_factory.mktemp("meshes"), timeout=1200)
+    return run_cases(FAST, tmp_path_factory.mktemp("meshes"))
 
 
 @pytest.mark.parametrize("case", FAST[1:5] + FAST[6:], ids=name_of)
@@ -131,6 +144,26 @@ def test_with_fsdp_and_tensor_no_token_moves_along_the_batch(results):
 
 def test_experts_on_other_devices_get_their_tokens_by_all_to_all(results):
     assert "all-to-all" in kinds(results[name_of(FAST[3])][1])
+
+
+def test_two_processes_compute_what_one_device_does(results, tmp_path):
+    case = ("decoder", ALL, {})
+    name = name_of(case)
+    got, facts = run_cases([case], tmp_path, processes=2)[name]
+    assert_same(got, results[name_of(("decoder", ONE, {}))][0])
+    # Each makes its own half of the batch.
+    assert facts["rows"] == [0, 1, 2, 3]
+    assert read(tmp_path, name, process=1)[1]["rows"] == [4, 5, 6, 7]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_compute_what_one_device_does(results, tmp_path, processes):
+    """Rows that processes share, along tensor, too."""
+    meshes = (ALL, {"data": 2, "tensor": 4}, {"data": 1, "expert": 8})
+    cases = [(kind, mesh, {}) for kind in ("decoder", "encoder_decoder") for mesh in meshes]
+    for name, (got, _) in run_cases(cases, tmp_path, processes=processes).items():
+        assert_same(got, results[name.split("-")[0]][0])
 
 
 @pytest.mark.slow

@@ -345,6 +345,7 @@ def test_no_gradient_of_the_base_is_ever_held():
     assert many.temp_size_in_bytes - few.temp_size_in_bytes < 0.8 * min(mlp, table)
 
 
+@pytest.mark.slow
 def test_chunked_loss_does_not_hold_the_table_for_each_chunk():
     table = 4 * 4096 * 64
     sizes = {"vocab_size": 4096, "emb_dim": 64, "num_layers": 1}

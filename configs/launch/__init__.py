@@ -1,0 +1,1 @@
+"""Launch configs: what scripts/launch/render.py renders."""

@@ -1,0 +1,1 @@
+"""Sweeps: files whose get_sweep gives the runs (docs/experiments.md)."""

@@ -1,0 +1,1 @@
+"""Renders the files that start a training run on a cluster; docs/launch.md."""

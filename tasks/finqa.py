@@ -1,0 +1,63 @@
+"""FinQA: a question on a financial report to the program that answers it (Chen et al. 2021, czyssrs/FinQA, MIT).
+
+Files: finqa/{train,dev,test}.json, upstream's lists. The input is the retrieved facts and the question, since a whole
+page is thousands of tokens long: `qa.model_input`, the facts upstream gives its own generator, or the gold facts
+`qa.gold_inds` of an example without them. The target is `qa.program`. `exe_ans` and `table` (both as JSON) are for
+execution accuracy.
+"""
+
+import json
+from collections.abc import Mapping
+
+from sira_jax.errors import DataError
+from tasks import reading, specs
+from tasks.finqa_program import check_example
+
+FOLDER = "finqa"
+FILES: Mapping[str, str] = {"train": "train.json", "validation": "dev.json", "test": "test.json"}
+
+
+def _facts(qa: Mapping) -> list[str]:
+    retrieved = qa.get("model_input")
+    if retrieved:
+        if not all(isinstance(fact, list) and len(fact) == 2 for fact in retrieved):
+            raise DataError("qa.model_input is no list of [name, text]")
+        facts = [fact[1] for fact in retrieved]
+    else:
+        facts = list(reading.value_of(qa, dict, "gold_inds").values())
+    if not all(isinstance(fact, str) for fact in facts):
+        raise DataError("qa holds a fact that is no text")
+    return facts
+
+
+def _example(row: Mapping) -> specs.Example:
+    qa = reading.value_of(row, dict, "qa")
+    table = reading.value_of(row, list, "table")
+    if not all(isinstance(r, list) and all(isinstance(c, str) for c in r) for r in table):
+        raise DataError("table is no list of rows of texts")
+    question, program = reading.text_of(qa, "question"), reading.text_of(qa, "program")
+    check_example(qa)
+    return {
+        "inputs": f"question: {question} context: {' '.join(_facts(qa))}",
+        "targets": program,
+        "table": json.dumps(table, ensure_ascii=False),
+        "exe_ans": json.dumps(qa["exe_ans"]),
+    }
+
+
+def load(split: str) -> list[specs.Example]:
+    """The examples of a split. Raises DataError for missing or damaged files."""
+    return reading.read_json_list(reading.data_file(FOLDER, FILES[split]), _example)
+
+
+specs.add_task(
+    specs.TaskSpec(
+        name="finqa",
+        description="FinQA: the program that answers a question on a financial report",
+        source=load,
+        metrics=("execution_accuracy", "program_accuracy"),
+        sizes=dict.fromkeys(specs.SPLITS),
+        extra_fields=("table", "exe_ans"),
+        language="en",
+    )
+)
