@@ -20,18 +20,17 @@ from collections.abc import Iterator
 
 from scripts.hlo_text import Array, Computation, Instruction, Module, Type, leaves, trip_count
 
-# These take no time: names for what is there already, or the end of what `-start` began.
+# These take no time: names for what is there already. So does all that ends in -done: what ends there began with a -start.
 _FREE_NAMES = """
     parameter constant get-tuple-element tuple bitcast after-all partition-id replica-id optimization-barrier
-    add-dependency domain get-dimension-size all-gather-done all-reduce-done collective-permute-done async-done
-    async-update copy-done send-done recv-done
+    add-dependency domain get-dimension-size async-update
 """
 # These move data and calculate nothing.
 _MOVE_NAMES = """
-    broadcast reshape transpose copy copy-start concatenate slice dynamic-slice dynamic-update-slice gather iota pad
-    reverse all-gather all-gather-start all-to-all ragged-all-to-all collective-permute collective-permute-start
-    collective-broadcast custom-call bitcast-convert rng-bit-generator rng-get-and-update-state infeed outfeed send recv
-    scatter select-and-scatter while conditional call fusion async-start
+    broadcast reshape transpose copy concatenate slice dynamic-slice dynamic-update-slice gather iota pad
+    reverse all-gather all-to-all ragged-all-to-all collective-permute collective-broadcast custom-call bitcast-convert
+    rng-bit-generator rng-get-and-update-state infeed outfeed send recv scatter select-and-scatter while conditional call
+    fusion async
 """
 _TRANSCENDENTAL_NAMES = """
     exponential exponential-minus-one log log-plus-one logistic tanh tan sine cosine sqrt rsqrt cbrt power atan2 erf
@@ -56,8 +55,15 @@ COLLECTIVES = frozenset(
 # TPUs start a collective in one fusion, let it run beside the work of the next ones, each of which repeats it, and end it in
 # another.
 _ASYNC, _START = "AsyncCollective", "AsyncCollectiveStart"
-# The custom calls of the compiler that only reserve memory or mark a place.
-_NO_TRAFFIC = ("AllocateBuffer", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape")
+# The custom calls of the compiler that only reserve memory, mark a place or give a name to adjoining arrays.
+_NO_TRAFFIC = (
+    "AllocateBuffer",
+    "AssumeGatherIndicesInBound",
+    "ConcatBitcast",
+    "Sharding",
+    "SPMDFullToShardShape",
+    "SPMDShardToFullShape",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +153,7 @@ class Counter:
             elif instruction.opcode in ("call", "async-start"):
                 for name in instruction.called:
                     yield from self._walk(self._module.computations[name], times)
-            elif instruction.opcode not in _FREE:
+            elif not _is_free(instruction):
                 yield Run(instruction, times, self.cost(instruction))
 
     def _trips(self, loop: Instruction) -> int:
@@ -175,31 +181,35 @@ class Counter:
         return self._arithmetic(instruction) + Cost(read_bytes=read, written_bytes=written)
 
     def _arithmetic(self, instruction: Instruction) -> Cost:
-        opcode = instruction.opcode
+        opcode = instruction.opcode.removesuffix("-start")
         if opcode == "fusion":
             inside = self._module.called(instruction, "calls").instructions.values()
             return sum((self._arithmetic(part) for part in inside), Cost())
         if opcode in ("dot", "convolution"):
             count = dot_flops if opcode == "dot" else convolution_flops
             return Cost(matrix_flops=count(self._module, instruction))
-        if opcode in _MOVES:
+        if opcode in _MOVES or _is_free(instruction):
             return Cost()
         size = sum(array.elements for array in leaves(instruction.type))
         if opcode in _TRANSCENDENTAL:
             return Cost(transcendentals=size)
         if opcode in ("reduce", "reduce-window"):
-            # n numbers are summed by n - 1 additions; a tuple of several arrays is reduced by one function.
-            arrays = len(instruction.operands) // 2
-            size //= max(arrays, 1)
-            read = next(leaves(self._module.operand(instruction, 0).type)).elements
-            if opcode == "reduce-window":
-                window = instruction.attribute("window") or ""
-                read = size * math.prod(_window(window, "size", 1, default=1))
-            return Cost(other_flops=max(read - size, 0))
+            return self._reduction(instruction)
         if opcode == "sort":
             longest = max((a.elements for a in leaves(instruction.type)), default=1)
             return Cost(other_flops=longest * math.ceil(math.log2(max(longest, 2))))
         return Cost(other_flops=size)
+
+    def _reduction(self, instruction: Instruction) -> Cost:
+        """n numbers are reduced by n - 1 calls of the function, which may take pairs of several arrays at once."""
+        result = next(leaves(instruction.type)).elements
+        if instruction.opcode == "reduce":
+            calls = next(leaves(self._module.operand(instruction, 0).type)).elements - result
+        else:
+            window = instruction.attribute("window") or ""
+            calls = result * (math.prod(_window(window, "size", 1, default=1)) - 1)
+        function = self._module.called(instruction, "to_apply").instructions.values()
+        return sum((self._arithmetic(part) for part in function), Cost()).times(max(calls, 0))
 
     def _bytes(self, *kinds: Type) -> int:
         """Bytes of the arrays of types, those that lie in main memory."""
@@ -208,7 +218,7 @@ class Counter:
 
     def _traffic(self, instruction: Instruction) -> tuple[float, float]:
         """Bytes of main memory (read, written)."""
-        opcode = instruction.opcode
+        opcode = instruction.opcode.removesuffix("-start")
         if opcode == "custom-call" and any(name in instruction.attributes for name in _NO_TRAFFIC):
             return 0, 0
         operands = [self._module.operand(instruction, i) for i in range(len(instruction.operands))]
@@ -385,10 +395,14 @@ def _window_pads(window: str, count: int) -> list[int]:
     return [0] * count
 
 
+def _is_free(instruction: Instruction) -> bool:
+    return instruction.opcode in _FREE or instruction.opcode.endswith("-done")
+
+
 def _result(instruction: Instruction) -> Type:
-    """The type of what an instruction writes; a `-start`'s type lists operands and handles besides."""
-    if instruction.opcode == "copy-start":
-        return instruction.type[0]
-    if instruction.opcode == "all-gather-start" and not isinstance(instruction.type, Array):
-        return instruction.type[1]
-    return instruction.type
+    """The type of what an instruction writes; the type of a `-start` lists operands and handles besides."""
+    opcode, kind = instruction.opcode, instruction.type
+    if opcode == "copy-start":
+        return kind[0]
+    has_operands = opcode.endswith("-start") and opcode != "all-reduce-start"
+    return kind[1] if has_operands and not isinstance(kind, Array) else kind

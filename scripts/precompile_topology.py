@@ -41,6 +41,8 @@ def describe(topology: str) -> list[Any]:
     # Or libtpu asks the cloud's metadata server which TPU it is on.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # It holds a lock for the chips of this machine, of which nothing here uses any.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     jax.config.update("jax_platforms", "cpu")
     try:
         return list(topologies.get_topology_desc(topology, "tpu").devices)
