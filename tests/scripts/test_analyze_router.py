@@ -159,7 +159,7 @@ def test_what_is_told_is_held_against_chance():
 
 
 def test_effective_experts():
-    line = {f"router/expert_load/{i:03}": load for i, load in enumerate((0.5, 0.5, 0.0))}
+    line = {f"train/router/expert_load/{i:03}": load for i, load in enumerate((0.5, 0.5, 0.0))}
     assert router_figures.effective_experts({"step": 1, **line}) == pytest.approx(2.0)
     assert router_figures.effective_experts({"step": 1, "train/loss": 2.0}) is None
 
@@ -171,7 +171,8 @@ def runs(tmp_path_factory):
 
 def test_a_whole_analysis(runs, tmp_path, monkeypatch, capsys):
     lines = [
-        {"step": s, "router/gate_entropy": 1.0 / s, "router/dropped_share": 0.1} for s in (1, 2)
+        {"step": s, "train/router/gate_entropy": 1.0 / s, "train/router/dropped_share": 0.1}
+        for s in (1, 2)
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (runs / "sira" / "metrics.jsonl").write_text(text)
