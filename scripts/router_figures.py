@@ -61,7 +61,8 @@ def effective_experts(line: Mapping[str, float | None]) -> float | None:
 
 
 def information_by_layer(found: Mapping[str, Told]) -> bytes:
-    """For each labelling the information in each layer, a line a projection, over the range of its shufflings."""
+    """For each labelling the information in each layer, a line a projection, with its
+    shufflings' range and what it was before training."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6 * len(found), 4.2), layout="constrained")
         grid = figure.subplots(1, len(found), squeeze=False)[0]
@@ -69,6 +70,7 @@ def information_by_layer(found: Mapping[str, Told]) -> bytes:
             for i, (projection, real_L) in enumerate(told.real_L.items()):
                 color = PALETTE[i % len(PALETTE)]
                 axes.plot(real_L, color=color, marker=".", label=projection)
+                axes.plot(told.fresh_L[projection], color=color, linestyle="--", linewidth=0.8)
                 chance_NL = told.shuffled_NL[projection]
                 layers = range(len(real_L))
                 axes.fill_between(
@@ -79,7 +81,7 @@ def information_by_layer(found: Mapping[str, Told]) -> bytes:
             )
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         grid[0].set_ylabel("information about it, nats")
-        handles = {line.get_label(): line for axes in grid for line in axes.lines}
+        handles = {line.get_label(): line for axes in grid for line in axes.lines[::2]}
         figure.legend(handles=[*handles.values()], loc="outside lower center", ncols=7, fontsize=7)
         return to_png(figure)
 
