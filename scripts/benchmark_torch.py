@@ -13,6 +13,7 @@ that they hold on a busy machine. Before that, both must give the same loss, or 
 dependency: `make parity-setup`.
 """
 
+import dataclasses
 import json
 import os
 import platform
@@ -53,6 +54,7 @@ HEADS = flags.DEFINE_integer("num_heads", 8, "steps: heads.", lower_bound=1)
 MLP_DIM = flags.DEFINE_integer("mlp_dim", 1408, "steps: width of the MLP.", lower_bound=1)
 BATCH = flags.DEFINE_integer("batch_size", 8, "Rows.", lower_bound=1)
 LENGTH = flags.DEFINE_integer("length", 128, "steps: tokens a row.", lower_bound=1)
+SCAN = flags.DEFINE_bool("scan_layers", True, "Ours: one compiled block for all layers.")
 MODEL = flags.DEFINE_string("model", None, "decode: a GGUF file or a Hugging Face folder.")
 PROMPT_LENGTH = flags.DEFINE_integer("prompt_length", 32, "decode: tokens a row.", lower_bound=1)
 NEW_TOKENS = flags.DEFINE_integer("new_tokens", 64, "decode: tokens a row.", lower_bound=1)
@@ -90,6 +92,7 @@ def _step(comparison: torch_sides.Comparison, folder: Path) -> tuple[list[dict],
         num_kv_heads=heads,
         head_dim=EMB.value // heads,
         mlp_dim=MLP_DIM.value,
+        scan_layers=SCAN.value,
     )
     batch = torch_sides.random_batch(config.vocab_size, BATCH.value, LENGTH.value)
     frozen = torch_sides.random_base(config)
@@ -111,10 +114,10 @@ def _step(comparison: torch_sides.Comparison, folder: Path) -> tuple[list[dict],
 
 def _decode(comparison: torch_sides.Comparison, folder: Path) -> tuple[list[dict], dict[str, str]]:
     if MODEL.value:
-        base = load_base_model(os.path.expanduser(MODEL.value))
+        base = load_base_model(os.path.expanduser(MODEL.value), scan_layers=SCAN.value)
         config, frozen = base.config, base.params
     else:
-        config = preset("smollm2-135m")
+        config = dataclasses.replace(preset("smollm2-135m"), scan_layers=SCAN.value)
         frozen = torch_sides.random_base(config)
     longest = config.max_positions - NEW_TOKENS.value
     length = PROMPT_LENGTH.value
