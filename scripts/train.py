@@ -23,9 +23,10 @@ from scripts.cli import run_main
 from scripts.run_results import SUMMARY_FILE
 from sira_jax.errors import ConfigError
 from sira_jax.files import write_text
-from sira_jax.training import loop, multihost
+from sira_jax.training import loop, multihost, run_lock
 from sira_jax.training.logging import read_metrics
 from sira_jax.training.train_state import count, count_trained, split_params
+from tasks import data_files
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment, a Python file in configs/."
@@ -39,6 +40,15 @@ PATIENCE = flags.DEFINE_float(
     lower_bound=3.0,
 )
 TENSORBOARD = flags.DEFINE_bool("tensorboard", True, "Write TensorBoard event files.")
+ALLOW_CHANGED_DATA = flags.DEFINE_bool(
+    "allow_changed_data", False, "Go on from a checkpoint although data files have changed."
+)
+LOCK_PATIENCE = flags.DEFINE_float(
+    "lock_patience",
+    0.0,
+    "Seconds to wait for another run in the same run directory to end.",
+    lower_bound=0.0,
+)
 STOPPED_STATUS = flags.DEFINE_integer(
     "stopped_status",
     0,
@@ -61,8 +71,16 @@ def main(argv: list[str]) -> int:
         together = multihost.joined(PATIENCE.value)
     with together:
         plan = assemble.Plan(experiment)
-        outcome = train(plan, Path(WORKDIR.value), tensorboard=TENSORBOARD.value)
+        workdir = Path(WORKDIR.value)
         is_main = multihost.is_main()
+        lock = run_lock.held(workdir, LOCK_PATIENCE.value) if is_main else contextlib.nullcontext()
+        with lock:
+            outcome = train(
+                plan,
+                workdir,
+                tensorboard=TENSORBOARD.value,
+                allow_changed_data=ALLOW_CHANGED_DATA.value,
+            )
     if outcome == "done":
         return 0
     if is_main:
@@ -70,12 +88,22 @@ def main(argv: list[str]) -> int:
     return STOPPED_STATUS.value
 
 
-def train(plan: assemble.Plan, workdir: Path, *, tensorboard: bool = True) -> str:
-    """Runs or resumes the plan's experiment in `workdir`; returns what `Trainer.run` returns."""
+def train(
+    plan: assemble.Plan,
+    workdir: Path,
+    *,
+    tensorboard: bool = True,
+    allow_changed_data: bool = False,
+) -> str:
+    """Runs or resumes the plan's experiment in `workdir`; returns what `Trainer.run` returns.
+
+    No other run may work in `workdir`; `allow_changed_data` lets it go on from a checkpoint that was made with other data.
+    """
     experiment = plan.experiment
-    loaded, rates = plan.load_tasks("train")
-    held_out, _ = plan.load_tasks("validation", experiment.evaluate.loss_examples_per_task)
-    pipeline = plan.pipeline(loaded, rates)
+    with data_files.recorded() as files:
+        loaded, rates = plan.load_tasks("train")
+        held_out, _ = plan.load_tasks("validation", experiment.evaluate.loss_examples_per_task)
+    pipeline = plan.pipeline(loaded, rates, data_files.fingerprints(files), allow_changed_data)
     is_main = multihost.is_main()
     for report in pipeline.reports:
         if is_main and (report.truncated or report.dropped):
