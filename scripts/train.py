@@ -12,8 +12,11 @@ docs/scaling.md says how they find each other.
 
 import contextlib
 import json
+import signal
 import statistics
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 from absl import flags
 from ml_collections import config_flags
@@ -45,8 +48,9 @@ ALLOW_CHANGED_DATA = flags.DEFINE_bool(
 )
 LOCK_PATIENCE = flags.DEFINE_float(
     "lock_patience",
-    0.0,
-    "Seconds to wait for another run in the same run directory to end.",
+    None,
+    "Seconds to wait for another run in the same run directory to end; by default 0, and 120 with a --stopped_status, since"
+    " a file server keeps the lock of a lost machine for a while.",
     lower_bound=0.0,
 )
 STOPPED_STATUS = flags.DEFINE_integer(
@@ -69,11 +73,17 @@ def main(argv: list[str]) -> int:
     together = contextlib.nullcontext()
     if MULTIHOST.value:
         together = multihost.joined(PATIENCE.value)
+    else:
+        # While the loop runs its own handler saves first; before it there is nothing to save.
+        signal.signal(signal.SIGTERM, _leave)
     with together:
         plan = assemble.Plan(experiment)
         workdir = Path(WORKDIR.value)
         is_main = multihost.is_main()
-        lock = run_lock.held(workdir, LOCK_PATIENCE.value) if is_main else contextlib.nullcontext()
+        patience = LOCK_PATIENCE.value
+        if patience is None:
+            patience = 120.0 if STOPPED_STATUS.value else 0.0
+        lock = run_lock.held(workdir, patience) if is_main else contextlib.nullcontext()
         with lock:
             outcome = train(
                 plan,
@@ -86,6 +96,12 @@ def main(argv: list[str]) -> int:
     if is_main:
         print(f"stopped by {outcome} after saving; the same command goes on from there")
     return STOPPED_STATUS.value
+
+
+def _leave(number: int, frame: object) -> NoReturn:
+    del number, frame
+    print("stopped by SIGTERM outside the training steps; the same command goes on from there")
+    sys.exit(STOPPED_STATUS.value)
 
 
 def train(

@@ -2,7 +2,8 @@
 
 The lock is the kernel's (flock), so that it goes with its process, however that ends: none is ever stale. On NFS Linux
 makes it a lock of the server, which all machines see, and which the server takes back from a machine that is gone (NFSv4:
-after its lease, 90 seconds by default). Of several processes, process 0 holds it.
+after its lease, 90 seconds by default). Buckets mounted as folders (FUSE) and NFS mounted with local locks keep it to one
+machine, so that runs on two do not notice each other. Of several processes, process 0 holds it.
 """
 
 import contextlib

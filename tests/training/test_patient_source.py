@@ -3,14 +3,12 @@
 import time
 import types
 
-import numpy as np
 import pytest
 
 from sira_jax.errors import DataError
-from sira_jax.training import patient_source
-from sira_jax.training.logging import read_metrics
+from sira_jax.training import logging, patient_source, window
 from sira_jax.training.patient_source import ATTEMPTS, PatientSource
-from tests.training.tiny_run import STEPS, Batches, assert_same_run, trainer
+from tests.training.tiny_run import Batches, assert_same_run, trainer
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -78,19 +76,24 @@ def test_pauses_double(pauses):
     assert pauses == [0.5 * 2**n for n in range(ATTEMPTS - 1)]
 
 
-def test_a_slow_source_shows_in_the_log(tmp_path, capsys):
-    def slow(step):
-        time.sleep(0.15)
+@pytest.mark.parametrize(("wait", "share"), [(3.0, 0.75), (0.0, 0.0)])
+def test_a_slow_source_shows_in_the_log_and_on_the_bar(tmp_path, monkeypatch, capsys, wait, share):
+    """By a clock that only the source and the step move: a second a step."""
+    now = [0.0]
+    for module in (patient_source, window, logging):
+        clock = types.SimpleNamespace(perf_counter=lambda: now[0], sleep=None)
+        monkeypatch.setattr(module, "time", clock)
 
-    slow_dir, quick_dir = tmp_path / "slow", tmp_path / "quick"
-    trainer(slow_dir, Batches(slow)).run()
-    assert "waiting for data" in capsys.readouterr().err
-    trainer(quick_dir).run()
-    for directory, low, high in ((slow_dir, 0.3, 1.0), (quick_dir, 0.0, 0.3)):
-        lines = [line for line in read_metrics(directory) if "train/loss" in line]
-        # The first line's time holds the compilation.
-        shares = [line["speed/data_wait_share"] for line in lines[1:]]
-        assert len(shares) == 2
-        assert low <= np.min(shares)
-        assert np.max(shares) <= high
-    assert lines[-1]["step"] == STEPS
+    def move(seconds):
+        now[0] += seconds
+
+    run = trainer(tmp_path, Batches(lambda step: move(wait)))
+    step = run._step
+    run._step = lambda *arguments: [step(*arguments), move(1.0)][0]
+    assert run.run() == "done"
+    lines = [line for line in logging.read_metrics(tmp_path) if "train/loss" in line]
+    assert len(lines) == 3
+    for line in lines:
+        assert line["speed/data_wait_share"] == share
+        assert line["speed/seconds_per_step"] == 1 + wait
+    assert ("waiting for data=75%" in capsys.readouterr().err) == (share > 0)
