@@ -1,8 +1,12 @@
 """Which losses are bad, what the step does with one, and what the loop does."""
 
 import dataclasses
+import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -292,3 +296,23 @@ def test_a_damaged_checkpoint_is_no_goal_of_a_rewind(tmp_path, capsys):
     err = capsys.readouterr().err
     assert "4 is damaged: adapter/manifest.ocdbt has changed" in err
     assert "back to step 2" in err
+
+
+@pytest.mark.slow
+def test_on_a_mesh_it_is_the_run_of_one_device(tmp_path):
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.training.bad_loss_devices", str(tmp_path)],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for result in json.loads(done.stdout.splitlines()[-1]).values():
+        assert result["devices"] == 8
+        assert result["resumed_is_equal"]
+        # AdamW turns rounding of small gradients into whole steps: that much, and not more.
+        assert result["difference"] < 1e-3 * result["size"]
