@@ -286,9 +286,10 @@ def _late_reads_ignored() -> Iterator[None]:
 class _RaisedAnyway(logging.Filter):
     """Leaves out the stack traces that Orbax logs of an error in a saving thread, which it raises in the main thread too."""
 
+    _TEXTS = ("background save thread", "Finalize thread (%s) failed", "raised an exception")
+
     def filter(self, record: logging.LogRecord) -> bool:
-        text = str(record.msg)
-        return not ("background save thread" in text or "Finalize thread (%s) failed" in text)
+        return not any(text in str(record.msg) for text in self._TEXTS)
 
 
 def _silence_saving_thread() -> None:

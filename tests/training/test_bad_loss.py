@@ -19,6 +19,7 @@ from sira_jax.training.logging import read_metrics
 from sira_jax.training.loop import CHECKPOINTS, make_checkpointer
 from tests.training.tiny_run import (
     EXPERIMENT,
+    STEPS,
     Batches,
     assert_same_run,
     changed,
@@ -119,7 +120,7 @@ def test_a_skipped_step_changes_only_the_schedule(tmp_path):
     assert all(np.isfinite(x) for line in read_metrics(tmp_path) for x in line.values())
 
 
-@pytest.mark.parametrize("accumulation_steps", [1, 2])
+@pytest.mark.parametrize("accumulation_steps", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_without_a_bad_step_skipping_is_the_run_without(tmp_path, accumulation_steps):
     results = []
     for name, action in (("off", "stop"), ("on", "skip")):
@@ -186,7 +187,12 @@ def broken_off(workdir, experiment, bad, before):
     [
         ("skip", {}, (4, 7)),
         ("rewind", {}, (4, 9)),
-        ("rewind", {"spike_factor": 1.02, "window": 2, "patience": 20}, ()),
+        pytest.param(
+            "rewind",
+            {"spike_factor": 1.15, "window": 2, "patience": 20},
+            (),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_run_with_bad_losses_that_is_stopped_ends_as_one_that_is_not(
@@ -195,13 +201,10 @@ def test_a_run_with_bad_losses_that_is_stopped_ends_as_one_that_is_not(
     experiment = policy(action, **fields)
     run = trainer(tmp_path / "whole", poisoned(*bad), experiment=experiment)
     assert run.run() == "done"
+    if action == "rewind":
+        assert run._data.state()["position"] > STEPS
     whole = tmp_path / "whole", jax.device_get(run.state)
-    for name, before in {
-        "cut": cut_at(6),
-        "cut_late": cut_at(8),
-        "stopped": stop_at(3),
-        "stopped_late": stop_at(7),
-    }.items():
+    for name, before in {"cut": cut_at(6), "stopped": stop_at(3)}.items():
         state = broken_off(tmp_path / name, experiment, bad, before)
         assert_same_run(tmp_path / name, state, whole)
 

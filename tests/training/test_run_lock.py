@@ -4,10 +4,10 @@ import errno
 import fcntl
 import os
 import re
-import signal
 import socket
+import subprocess
+import sys
 import threading
-import time
 
 import pytest
 
@@ -42,18 +42,18 @@ def test_an_error_gives_the_lock_back(tmp_path):
 
 
 def test_a_killed_holder_leaves_no_lock(tmp_path):
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        with run_lock.held(tmp_path):
-            os.write(writer, b"held")
-            time.sleep(60)
-        os._exit(0)
-    assert os.read(reader, 4) == b"held"
-    with pytest.raises(LockedError, match=f"process {child} on"), run_lock.held(tmp_path):
+    program = (
+        "import sys, time; from sira_jax.training import run_lock\n"
+        "with run_lock.held(sys.argv[1]): print('held', flush=True); time.sleep(600)"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout.readline() == "held\n"
+    with pytest.raises(LockedError, match=f"process {child.pid} on"), run_lock.held(tmp_path):
         pass
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    child.kill()
+    child.wait()
     with run_lock.held(tmp_path):
         pass
 
