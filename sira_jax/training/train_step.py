@@ -284,14 +284,12 @@ def make_train_step(
         else:
             grads, metrics = _accumulate(gradient, batch, accumulation_steps)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
-        before, trained = trained, optax.apply_updates(trained, updates)
-        norms = {
-            "gradient_norm": optax.global_norm(grads),
-            "parameter_norm": optax.global_norm(trained),
-        }
-        if loss_limit is not None:
-            bad = is_bad(metrics | norms, loss_limit)
-            trained = jax.tree.map(lambda old, new: jnp.where(bad, old, new), before, trained)
+        applied = optax.apply_updates(trained, updates)
+        if loss_limit is None:
+            trained = applied
+        else:
+            bad = is_bad(metrics | _norms(grads, applied), loss_limit)
+            trained = jax.tree.map(lambda old, new: jnp.where(bad, old, new), trained, applied)
             optimizer_state = restart_moments(optimizer_state, state.optimizer, bad)
             metrics["skipped"] = bad.astype(jnp.float32)
         adapter = merge_params(trained, buffers)
@@ -303,7 +301,7 @@ def make_train_step(
                 fresh = optimizer.init(split_trained(adapter)[0])
                 optimizer_state = restart_moments(optimizer_state, fresh, restart)
         metrics |= router_summary(metrics.pop("router"), task_names)
-        metrics |= norms | {
+        metrics |= _norms(grads, applied) | {
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "tokens": jnp.sum(batch["decoder_segment_ids"] > 0, dtype=jnp.float32),
             "target_tokens": jnp.sum(batch["decoder_loss_weights"]),
@@ -312,6 +310,13 @@ def make_train_step(
         return new_state, metrics
 
     return step
+
+
+def _norms(grads: Any, trained: Any) -> dict[str, jax.Array]:
+    return {
+        "gradient_norm": optax.global_norm(grads),
+        "parameter_norm": optax.global_norm(trained),
+    }
 
 
 def _second_features(second: SecondPass, run: Callable, params: Any) -> jax.Array:
