@@ -170,6 +170,14 @@ def lines(workdir):
     ]
 
 
+def bad_losses(workdir):
+    """(steps that were skipped, batches that were left out by rewinds) of a finished run whose log has a line each 10 steps."""
+    skipped = round(sum(10 * line.get("train/skipped", 0) for line in lines(workdir)))
+    step = steps(workdir)[-1]
+    position = json.loads((workdir / CHECKPOINTS / str(step) / "data" / "metadata").read_text())
+    return skipped, position["data"]["num_batches"] - step
+
+
 def assert_same_run(workdir, reference):
     """The runs end with the same bits and have the same log."""
     (step, arrays), (reference_step, expected) = final_arrays(workdir), final_arrays(reference)

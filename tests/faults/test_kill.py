@@ -10,11 +10,12 @@ import time
 import numpy as np
 import pytest
 
-from tests.faults.runs import assert_same_run, finish, steps, wait_until, writes
+from tests.faults.runs import assert_same_run, bad_losses, finish, steps, wait_until, writes
 
 ROUNDS = int(os.environ.get("FAULTS_ROUNDS", "20"))
 SEED = int(os.environ.get("FAULTS_SEED", "0"))
-SPIKES = ("--config.bad_loss.spike_factor=1.15", "--config.bad_loss.window=5")
+# Small ones, of which a run of the lab has about ten.
+SPIKES = ("--config.bad_loss.spike_factor=1.03", "--config.bad_loss.window=3")
 FLAGS = {
     "plain": (),
     "skip": ("--config.bad_loss.action=skip", "--config.bad_loss.patience=50", *SPIKES),
@@ -81,13 +82,16 @@ def test_killed_runs_end_as_the_unbroken_one(lab, unbroken, tmp_path, say, kind,
     since = time.monotonic()
     workdirs, kinds, inside = killed_again_and_again(lab, tmp_path, FLAGS[kind], rounds, random)
     reference = unbroken(*FLAGS[kind])
+    skipped, left_out = bad_losses(reference)
+    assert (skipped > 0) == (kind == "skip")
+    assert (left_out > 0) == (kind == "rewind")
     for workdir in workdirs:
         assert_same_run(workdir, reference)
         assert not writes(workdir)
     counts = ", ".join(f"{kinds.count(name)} {name}" for name in sorted(set(kinds)))
     say(
         f"{kind}: {rounds} kills ({counts}; {inside} left an unfinished checkpoint), {len(workdirs)} runs to their ends,"
-        f" all equal to the unbroken one; {time.monotonic() - since:.0f} s"
+        f" all equal to the unbroken one ({skipped} steps skipped, {left_out} batches left out); {time.monotonic() - since:.0f} s"
     )
     if rounds >= 10:
         assert inside >= rounds // 4

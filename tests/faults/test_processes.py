@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sira_jax.training.multihost import LOST_STATUS
-from tests.faults.runs import finish, lines, steps, the_error, wait_until
+from tests.faults.runs import bad_losses, finish, lines, steps, the_error, wait_until
 from tests.faults.test_kill import FLAGS
 
 pytestmark = pytest.mark.faults
@@ -62,6 +62,8 @@ def test_rewinds_kills_and_the_lock_of_two_processes(lab, unbroken, tmp_path, sa
     # Both decide alike, and as one process does, whose sums round otherwise.
     got, expected = lines(tmp_path), lines(unbroken(*flags))
     assert [line["step"] for line in got] == [line["step"] for line in expected]
+    assert bad_losses(tmp_path) == bad_losses(unbroken(*flags))
+    assert bad_losses(tmp_path)[1] > 0
     worst = 0.0
     for line, other in zip(got, expected, strict=True):
         assert line.keys() == other.keys()
