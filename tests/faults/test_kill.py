@@ -91,7 +91,7 @@ def test_killed_runs_end_as_the_unbroken_one(lab, unbroken, tmp_path, say, kind,
     counts = ", ".join(f"{kinds.count(name)} {name}" for name in sorted(set(kinds)))
     say(
         f"{kind}: {rounds} kills ({counts}; {inside} left an unfinished checkpoint), {len(workdirs)} runs to their ends,"
-        f" all equal to the unbroken one ({skipped} steps skipped, {left_out} batches left out); {time.monotonic() - since:.0f} s"
+        f" all equal to the unbroken one ({skipped} skipped, {left_out} left out); {time.monotonic() - since:.0f} s"
     )
     if rounds >= 10:
         assert inside >= rounds // 4
