@@ -153,7 +153,7 @@ class _Watch:
         """Prints the reason unless `is_told`, tells the others and ends the process."""
         self._stopped.set()
         if not is_told:
-            print(f"error: {reason}", file=sys.stderr)
+            _say(f"error: {reason}")
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             _client().key_value_set(f"{_FAILED}{self._index}", f"{status} {reason}", True)
         if self._index == 0:
@@ -192,17 +192,22 @@ class _Watch:
         if others:
             index, text = next(iter(others.items()))
             status, _, reason = text.partition(" ")
-            print(f"error: process {index} of {self._count} stopped: {reason}", file=sys.stderr)
+            _say(f"error: process {index} of {self._count} stopped: {reason}")
         else:
             names = ", ".join(str(index) for index in lost)
             status = LOST_STATUS
             reason = f"no sign of life from process {names} of {self._count}; {_GOES_ON}"
-            print(f"error: {reason}", file=sys.stderr)
+            _say(f"error: {reason}")
             if self._index == 0:
                 with contextlib.suppress(jax.errors.JaxRuntimeError):
                     _client().key_value_set(f"{_FAILED}0", f"{status} {reason}", True)
                 time.sleep(3 * _INTERVAL)
         _exit(int(status))
+
+
+def _say(line: str) -> None:
+    # A progress bar of another thread may stand on the line that was begun.
+    print(f"\n{line}", file=sys.stderr)
 
 
 def _client() -> "distributed.xla_extension.DistributedRuntimeClient":
