@@ -184,6 +184,9 @@ class MLP(Projections):
         axes = ("embed", "mlp")
         gate_BTF = self.dense("gate", self.config.mlp_dim, axes)(x_BTD, context)
         up_BTF = self.dense("up", self.config.mlp_dim, axes)(x_BTD, context)
-        hidden_BTF = ACTIVATIONS[self.config.activation](gate_BTF) * up_BTF
+        # Made again backwards from what the projections give: kept, it would be three more arrays of this size.
+        activation = ACTIVATIONS[self.config.activation]
+        gated = jax.checkpoint(lambda gate, up: activation(gate) * up, prevent_cse=False)
+        hidden_BTF = gated(gate_BTF, up_BTF)
         hidden_BTF = constrain(hidden_BTF, "batch", None, "mlp")
         return self.dense("down", self.config.emb_dim, axes[::-1])(hidden_BTF, context)

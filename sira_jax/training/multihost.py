@@ -69,11 +69,12 @@ def settings(environ: Mapping[str, str]) -> dict[str, object]:
     }
 
 
-def initialize(timeout: int = 300) -> None:
+def initialize(timeout: int = 300, heartbeat: int = 100) -> None:
     """Joins this process with the others; to be called before JAX is used.
 
     Args:
       timeout: seconds to wait for the others.
+      heartbeat: seconds without a sign of life after which JAX itself ends all processes.
 
     Raises:
       ConfigError: nothing says who the others are, or they do not come.
@@ -84,7 +85,9 @@ def initialize(timeout: int = 300) -> None:
     jax.config.update("jax_enable_preemption_service", False)
     known = settings(os.environ)
     try:
-        jax.distributed.initialize(**known, initialization_timeout=timeout)
+        jax.distributed.initialize(
+            **known, initialization_timeout=timeout, heartbeat_timeout_seconds=heartbeat
+        )
     except ValueError as error:
         raise ConfigError(
             f"--multihost: neither SLURM, nor a TPU, Kubernetes or Open MPI is found here ({error}):"
@@ -108,7 +111,8 @@ def joined(patience: float = 60.0, timeout: int = 300) -> Iterator[None]:
       patience: seconds without a sign of life after which a process counts as lost.
       timeout: see `initialize`.
     """
-    initialize(timeout)
+    # JAX's own end is an abort with a stack trace: the watch shall come first, also on a busy machine.
+    initialize(timeout, heartbeat=100 + 2 * int(patience))
     watch = _Watch(patience)
     _explain_abort()
     watch.start()
