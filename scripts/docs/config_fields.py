@@ -159,7 +159,9 @@ def table(fields: list[Field]) -> str:
     for field in fields:
         default = f"`{field.default}`" if field.default else "–"
         # A bar within code is none of the table's; elsewhere it must be marked.
-        text = _CODE.sub(lambda part: part[0] if part[1] else part[0].replace("|", "\\|"), field.text)
+        text = _CODE.sub(
+            lambda part: part[0] if part[1] else part[0].replace("|", "\\|"), field.text
+        )
         rows.append(f"| `{field.name}` | `{field.type}` | {default} | {text} |")
     return "\n".join(rows)
 
@@ -169,7 +171,10 @@ def experiment_sections(root: Path) -> dict[str, list[Field]]:
     sources = Sources(root / "sira_jax/training/config.py")
     sections = sources.named_classes("config.py", "SECTIONS")
     base = assigned(root / "configs/base.py")
-    return {name: _with_defaults(sources.fields(cls), base.get(name, {})) for name, cls in sections.items()}
+    return {
+        name: _with_defaults(sources.fields(cls), base.get(name, {}))
+        for name, cls in sections.items()
+    }
 
 
 def adapter_methods(root: Path) -> tuple[list[Field], dict[str, list[Field]]]:
@@ -187,7 +192,10 @@ def launch_sections(root: Path) -> dict[str, list[Field]]:
     sources = Sources(root / "scripts/launch/tpus.py", root / "scripts/launch/config.py")
     sections = sources.named_classes("config.py", "SECTIONS")
     base = assigned(root / "configs/launch/base.py")
-    return {name: _with_defaults(sources.fields(cls), base.get(name, {})) for name, cls in sections.items()}
+    return {
+        name: _with_defaults(sources.fields(cls), base.get(name, {}))
+        for name, cls in sections.items()
+    }
 
 
 def _with_defaults(fields: list[Field], base: Mapping[str, tuple[str, str]]) -> list[Field]:

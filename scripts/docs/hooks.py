@@ -1,6 +1,6 @@
 """Hooks of MkDocs: the pages that are made from the source, and links that lead to a notebook.
 
-  python -m mkdocs build --strict
+python -m mkdocs build --strict
 """
 
 import re
