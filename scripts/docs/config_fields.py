@@ -149,6 +149,7 @@ def assigned(file: Path) -> dict[str, dict[str, tuple[str, str]]]:
         comment = own.rpartition("  # ")[2].rstrip(" )") if "  # " in own else ""
         value = ast.unparse(node.value)
         value = "None" if value.startswith("config_dict.placeholder") else value
+        value = "{}" if value == "ConfigDict()" else value
         found.setdefault(parts[1], {})[parts[2]] = (value, comment)
     return found
 
