@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 
 from scripts import assemble
-from scripts.train import train
 from sira_jax.checkpoints.orbax import Checkpointer
 from sira_jax.training.config import make_experiment
 from sira_jax.training.logging import read_metrics
 from sira_jax.training.loop import CHECKPOINTS
 from sira_jax.training.multihost import LOST_STATUS
 from tests.hf_models import TINY_LLAMA, weights_by_rule, write_folder
+from tests.scripts import flagged
+
+# Processes compile and wait for one another for minutes; two of them in a shorter test: tests/training/test_meshes.py.
+pytestmark = pytest.mark.slow
 
 REPO = Path(__file__).resolve().parents[2]
 STEPS = 24
@@ -68,7 +71,8 @@ def unbroken(config_file, tmp_path_factory):
     scope = {}
     exec(config_file.read_text(), scope)
     plan = assemble.Plan(make_experiment(scope["get_config"]().to_dict()))
-    assert train(plan, workdir, tensorboard=False) == "done"
+    with flagged.imported("train") as script:
+        assert script.train(plan, workdir, tensorboard=False) == "done"
     return workdir
 
 
