@@ -48,7 +48,7 @@ docs-serve: $(READY)  ## show the site at http://127.0.0.1:8000, built anew when
 notebooks-setup: $(READY)  ## install what runs the notebooks of docs/notebooks
 	@$(PY) -m pip install --disable-pip-version-check -q -e '.[notebooks]'
 
-notebooks: notebooks-setup  ## run the notebooks and keep what they print and draw; a quarter of an hour
+notebooks: notebooks-setup  ## run the notebooks and keep what they print and draw; minutes
 	@$(PY) scripts/docs/run_notebooks.py
 
 t5x-setup: $(READY)  ## install what T5X imports from PyPI; T5X itself is not there, see docs/t5x.md
