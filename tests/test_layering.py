@@ -194,11 +194,15 @@ def test_requirements_are_the_projects():
     lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
     listed = [line for line in lines if line and not line.startswith("#")]
     config = project()["project"]
-    assert listed == config["dependencies"] + config["optional-dependencies"]["test"]
+    optional = config["optional-dependencies"]
+    assert listed == config["dependencies"] + optional["test"] + optional["docs"]
 
 
 def test_what_the_code_imports_is_required():
-    """Every third-party module belongs to a listed requirement: of the tests', if only a function imports it."""
+    """Every third-party module belongs to a listed requirement: of the tests', if only a function imports it.
+
+    What makes the documentation needs that of its own two extras.
+    """
     named_otherwise = {
         "absl": "absl-py",
         "google": "protobuf",
@@ -211,7 +215,10 @@ def test_what_the_code_imports_is_required():
     }
     config = project()["project"]
     required = {line.split(">")[0].lower() for line in config["dependencies"]}
-    in_functions = {line.split(">")[0] for line in config["optional-dependencies"]["test"]}
+    optional = {
+        extra: {line.split(">")[0] for line in lines}
+        for extra, lines in config["optional-dependencies"].items()
+    }
     known = set(sys.stdlib_module_names) | {"sira_jax", "configs", "scripts", "tasks"}
     for package in ("sira_jax", "configs", "scripts", "tasks"):
         for path in files(package):
@@ -220,7 +227,9 @@ def test_what_the_code_imports_is_required():
                 if top in {"t5x", *OPTIONAL}:
                     assert relative(path).startswith(T5X) or relative(path) in T5X_SCRIPTS, name
                 elif top not in known | extras(path):
-                    allowed = required if at_import else required | in_functions
+                    allowed = required if at_import else required | optional["test"]
+                    if relative(path).startswith("scripts/docs/"):
+                        allowed = required | optional["docs"] | optional["notebooks"]
                     assert named_otherwise.get(top, top).lower() in allowed, (
                         f"{relative(path)} imports {name}"
                     )
