@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.quick import QUICK_COMPILE, as_flags
+
 REPOSITORY = Path(__file__).parents[2]
 ONE = {"data": 1}
 ALL = {"data": 1, "fsdp": 2, "tensor": 2, "expert": 2}
@@ -49,8 +51,8 @@ def run_cases(cases, directory, timeout=1200, processes=1):
         for case in cases
     ]
     (directory / "cases.json").write_text(json.dumps(listed))
-    count = f"--xla_force_host_platform_device_count={8 // processes}"
-    common = {"XLA_FLAGS": f"{count} --xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+    flags = as_flags(QUICK_COMPILE, devices=8 // processes)
+    common = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
