@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-all test-t5x lint format parity-setup t5x-setup precompile-setup clean
+.PHONY: help setup demo test test-all test-faults test-fuzz test-t5x lint format parity-setup t5x-setup precompile-setup clean
 .PHONY: docs docs-serve notebooks notebooks-setup
 .PHONY: table-single table-multilingual table-multitask table-ablations
 
@@ -30,11 +30,14 @@ demo: $(READY)  ## fine-tune SmolLM2-135M with LoRA and SiRA on real data and pr
 
 test: $(READY)  ## lint and the test suite (under 10 minutes on 2 cores)
 	@$(MAKE) --no-print-directory lint
-	@$(PY) -m pytest -n 2 -m "not slow and not parity"
+	@$(PY) -m pytest -n 2 -m "not slow and not parity and not faults"
 
 test-all: notebooks-setup  ## everything, the slow checks and notebooks too; parity checks run where torch is installed
 	@$(MAKE) --no-print-directory lint
-	@$(PY) -m pytest -n 2
+	@$(PY) -m pytest -n 2 -m "not faults"
+
+test-faults: $(READY)  ## kill runs, fill disks, damage checkpoints: docs/reliability.md; FAULTS_ROUNDS=20 FAULTS_SEED=0
+	@$(PY) -m pytest -n 0 -v -m faults tests/faults
 
 parity-setup: $(READY)  ## install torch (CPU) and transformers, for the parity tests
 	$(PY) -m pip install --disable-pip-version-check -q -e '.[parity]'

@@ -7,6 +7,7 @@ import dataclasses
 
 from ml_collections import ConfigDict, config_dict
 
+from sira_jax.training.bad_loss import BadLossConfig
 from sira_jax.training.config import (
     DecodeConfig,
     EvaluateConfig,
@@ -67,4 +68,5 @@ def get_config() -> ConfigDict:
     config.decode = section(DecodeConfig)
     config.evaluate = section(EvaluateConfig)
     config.mesh = section(MeshConfig)
+    config.bad_loss = section(BadLossConfig)
     return config

@@ -25,6 +25,7 @@ from sira_jax.training.config import ExperimentConfig, make_experiment
 from sira_jax.training.decoding import generate
 from sira_jax.training.evaluate import LossEvaluator
 from sira_jax.training.logging import Progress
+from sira_jax.training.resumable import check_adapter, check_base
 from sira_jax.training.train_state import abstract_adapter
 from tasks import specs
 
@@ -182,9 +183,13 @@ class Plan:
         return loaded, rates
 
     def pipeline(
-        self, loaded: Sequence[tasks.TokenizedTask], rates: Sequence[float]
+        self,
+        loaded: Sequence[tasks.TokenizedTask],
+        rates: Sequence[float],
+        files: Mapping[str, str] | None = None,
+        allow_changed_data: bool = False,
     ) -> tasks.InputPipeline:
-        """The endless stream of training batches, this process's rows of each."""
+        """The endless stream of training batches, this process's rows of each; `files` and the flag: see InputPipeline."""
         data = self.experiment.data
         return tasks.InputPipeline(
             loaded,
@@ -195,6 +200,8 @@ class Plan:
             pack=data.pack,
             too_long=data.too_long,
             rows=self.layout.rows,
+            files=files,
+            allow_changed_data=allow_changed_data,
         )
 
     def loss_evaluator(
@@ -345,9 +352,10 @@ def restore_adapter(
             )
             step = int(which)
         where = checkpointer.path(step)
+        checkpointer.check(step, ("adapter", "meta"))
         meta = checkpointer.restore_meta(step)
-        loop.check_adapter(meta["config"], experiment, where)
-        loop.check_base(meta, fingerprint(frozen), where)
+        check_adapter(meta["config"], experiment, where)
+        check_base(meta, fingerprint(frozen), where)
         return checkpointer.restore_adapter(step, abstract_adapter(model, mesh, rules)), step
     finally:
         checkpointer.close()

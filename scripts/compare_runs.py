@@ -21,6 +21,7 @@ from sira_jax.errors import CheckpointError, ConfigError, DataError
 from sira_jax.files import write_text
 from sira_jax.training import loop
 from sira_jax.training.config import ExperimentConfig, make_experiment
+from sira_jax.training.resumable import check_resumable
 
 SCRIPTS = Path(__file__).resolve().parent
 FAILURE_FILE = "failure.json"
@@ -75,7 +76,7 @@ class RunSpec:
         saved = read_json(path)
         if saved is None or "config" not in saved:
             raise CheckpointError(f"{path} is missing or damaged: use another --workdir")
-        loop.check_resumable(saved["config"], self.experiment.to_dict(), path)
+        check_resumable(saved["config"], self.experiment.to_dict(), path)
 
     def failure(self) -> str | None:
         """Why there is no result; None where there is one."""

@@ -12,8 +12,11 @@ docs/scaling.md says how they find each other.
 
 import contextlib
 import json
+import signal
 import statistics
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 from absl import flags
 from ml_collections import config_flags
@@ -23,9 +26,10 @@ from scripts.cli import run_main
 from scripts.run_results import SUMMARY_FILE
 from sira_jax.errors import ConfigError
 from sira_jax.files import write_text
-from sira_jax.training import loop, multihost
+from sira_jax.training import loop, multihost, run_lock
 from sira_jax.training.logging import read_metrics
 from sira_jax.training.train_state import count, count_trained, split_params
+from tasks import data_files
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment, a Python file in configs/."
@@ -39,6 +43,16 @@ PATIENCE = flags.DEFINE_float(
     lower_bound=3.0,
 )
 TENSORBOARD = flags.DEFINE_bool("tensorboard", True, "Write TensorBoard event files.")
+ALLOW_CHANGED_DATA = flags.DEFINE_bool(
+    "allow_changed_data", False, "Go on from a checkpoint although data files have changed."
+)
+LOCK_PATIENCE = flags.DEFINE_float(
+    "lock_patience",
+    None,
+    "Seconds to wait for another run in the same run directory to end; by default 0, and 120 with a --stopped_status, since"
+    " a file server keeps the lock of a lost machine for a while.",
+    lower_bound=0.0,
+)
 STOPPED_STATUS = flags.DEFINE_integer(
     "stopped_status",
     0,
@@ -59,10 +73,24 @@ def main(argv: list[str]) -> int:
     together = contextlib.nullcontext()
     if MULTIHOST.value:
         together = multihost.joined(PATIENCE.value)
+    else:
+        # While the loop runs its own handler saves first; before it there is nothing to save.
+        signal.signal(signal.SIGTERM, _leave)
     with together:
         plan = assemble.Plan(experiment)
-        outcome = train(plan, Path(WORKDIR.value), tensorboard=TENSORBOARD.value)
+        workdir = Path(WORKDIR.value)
         is_main = multihost.is_main()
+        patience = LOCK_PATIENCE.value
+        if patience is None:
+            patience = 120.0 if STOPPED_STATUS.value else 0.0
+        lock = run_lock.held(workdir, patience) if is_main else contextlib.nullcontext()
+        with lock:
+            outcome = train(
+                plan,
+                workdir,
+                tensorboard=TENSORBOARD.value,
+                allow_changed_data=ALLOW_CHANGED_DATA.value,
+            )
     if outcome == "done":
         return 0
     if is_main:
@@ -70,12 +98,28 @@ def main(argv: list[str]) -> int:
     return STOPPED_STATUS.value
 
 
-def train(plan: assemble.Plan, workdir: Path, *, tensorboard: bool = True) -> str:
-    """Runs or resumes the plan's experiment in `workdir`; returns what `Trainer.run` returns."""
+def _leave(number: int, frame: object) -> NoReturn:
+    del number, frame
+    print("stopped by SIGTERM outside the training steps; the same command goes on from there")
+    sys.exit(STOPPED_STATUS.value)
+
+
+def train(
+    plan: assemble.Plan,
+    workdir: Path,
+    *,
+    tensorboard: bool = True,
+    allow_changed_data: bool = False,
+) -> str:
+    """Runs or resumes the plan's experiment in `workdir`; returns what `Trainer.run` returns.
+
+    No other run may work in `workdir`; `allow_changed_data` lets it go on from a checkpoint that was made with other data.
+    """
     experiment = plan.experiment
-    loaded, rates = plan.load_tasks("train")
-    held_out, _ = plan.load_tasks("validation", experiment.evaluate.loss_examples_per_task)
-    pipeline = plan.pipeline(loaded, rates)
+    with data_files.recorded() as files:
+        loaded, rates = plan.load_tasks("train")
+        held_out, _ = plan.load_tasks("validation", experiment.evaluate.loss_examples_per_task)
+    pipeline = plan.pipeline(loaded, rates, data_files.fingerprints(files), allow_changed_data)
     is_main = multihost.is_main()
     for report in pipeline.reports:
         if is_main and (report.truncated or report.dropped):

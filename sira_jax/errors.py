@@ -27,6 +27,14 @@ class CheckpointError(SiraError, ValueError):
     """A checkpoint is missing, incomplete, or belongs to another base model or config."""
 
 
+class StorageError(SiraError, OSError):
+    """A file cannot be written or read: no room, no right, or a device that fails."""
+
+
+class LockedError(SiraError, RuntimeError):
+    """Another run works in the run directory."""
+
+
 class TrainingError(SiraError, RuntimeError):
     """Training cannot go on, for example after a loss that is not a number."""
 

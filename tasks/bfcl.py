@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sira_jax.errors import DataError
-from tasks import specs
+from tasks import data_files, reading, specs
 from tasks.download import cache_root
 from tasks.function_calls import CallAnswers, canonical_call, matches
 
@@ -70,24 +70,22 @@ def find_data_dir(data_dir: str | os.PathLike | None = None) -> Path:
         folder = Path(data_dir)
     else:
         folder = (Path(root) if root else cache_root()) / "bfcl"
-    missing = [
-        name
-        for file in FILES.values()
-        for name in (file, f"possible_answer/{file}")
-        if not (folder / name).is_file()
-    ]
+    names = [name for file in FILES.values() for name in (file, f"possible_answer/{file}")]
+    missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise DataError(
             f"BFCL data file {folder / missing[0]} is missing: "
             "run `python scripts/download_data.py bfcl`, or set SIRA_DATA_DIR"
         )
+    for name in names:
+        data_files.note("bfcl", name, folder / name)
     return folder
 
 
 def _read_json_lines(path: Path, fields: Mapping[str, type]) -> Iterator[tuple[int, dict]]:
     """Line numbers and objects. Raises DataError that names the file and every damaged line."""
     rows, damaged = [], []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(reading.read_bytes(path).splitlines(), start=1):
         if not line.strip():
             continue
         try:

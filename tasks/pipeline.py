@@ -11,6 +11,7 @@ Several processes: the batch size is global. Each process follows the same strea
 lengths and builds only its own rows.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,20 @@ STATE_VERSION = 1
 _BLOCK = 1024
 # First entries of the keys of random streams, so that no two purposes share one.
 _TASK_DRAWS, _PERMUTATIONS = 0, 1
+
+
+# What the signature says of the data.
+_OF_DATA = ("sizes", "data", "files")
+
+
+class ChangedDataWarning(UserWarning):
+    """A run goes on with other data than it began with."""
+
+
+def _difference(was_there: bool, is_there: bool) -> str:
+    if was_there and is_there:
+        return "has changed"
+    return "is no longer used" if was_there else "is new"
 
 
 def _uniform(count: int, *key: int) -> np.ndarray:
@@ -123,6 +138,9 @@ class InputPipeline:
         random).
       too_long: "error", "drop" or "truncate_inputs", see `tasks.features.make_example`.
       rows: those of the global batch that this process makes, ascending; None for all.
+      files: name -> fingerprint of the files that the tasks were read from (`tasks.data_files`), by which `restore` finds
+        changed ones.
+      allow_changed_data: `restore` takes the place in the stream of other data too, with a warning.
 
     Attributes:
       reports: what the length limit did, a LengthReport for each task.
@@ -144,6 +162,8 @@ class InputPipeline:
         shuffle: bool = True,
         too_long: str = "error",
         rows: Sequence[int] | None = None,
+        files: Mapping[str, str] | None = None,
+        allow_changed_data: bool = False,
     ):
         _check_settings(tasks, batch_size, too_long, rows)
         check(seed >= 0, "seed", seed, "0 or more")
@@ -158,11 +178,13 @@ class InputPipeline:
         self._edges = np.cumsum(weights / weights.sum())
         self._batch_size, self._converter, self._seed = batch_size, converter, seed
         self._pack, self._shuffle = pack, shuffle
+        self._allow_changed_data = allow_changed_data
         self._own_rows = range(batch_size) if rows is None else rows
         self._signature = {
             "tasks": [f"{task.name}/{task.split}" for task in tasks],
             "sizes": self._sizes,
             "data": [task.fingerprint() for task in tasks],
+            "files": dict(files or {}),
             "rates": weights.tolist(),
             "batch_size": batch_size,
             "seed": seed,
@@ -248,6 +270,33 @@ class InputPipeline:
             },
         }
 
+    def _check_data(self, signature: Mapping[str, Any]) -> None:
+        """Raises CheckpointError, or warns, where the data are not those of a state's signature."""
+        own = self._signature
+        if signature.get("tasks") != own["tasks"]:
+            return  # which says more, and is found out next
+        # A state of a version that did not know them has no files.
+        known = signature.get("files") or own["files"]
+        changed = [
+            f"data file {name} {_difference(name in known, name in own['files'])}"
+            for name in sorted({*known, *own["files"]})
+            if known.get(name) != own["files"].get(name)
+        ]
+        old = list(zip(signature.get("sizes", []), signature.get("data", []), strict=False))
+        new = list(zip(own["sizes"], own["data"], strict=True))
+        if not changed and old != new:
+            names = [n for i, n in enumerate(own["tasks"]) if old[i : i + 1] != new[i : i + 1]]
+            changed = [f"the examples of task {name} have changed" for name in names]
+        if not changed:
+            return
+        message = f"{'; '.join(changed)} since the checkpoint was made"
+        if not self._allow_changed_data:
+            raise CheckpointError(
+                f"{message}: bring the old data back, use another --workdir, or go on with the new data with"
+                " --allow_changed_data"
+            )
+        warnings.warn(f"{message}; going on with the new data", ChangedDataWarning, stacklevel=3)
+
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continues from `state`, with the very batches that followed it.
 
@@ -266,8 +315,9 @@ class InputPipeline:
             raise CheckpointError(
                 f"input pipeline state has version {version!r}, not {STATE_VERSION}"
             )
+        self._check_data(signature)
         for field, value in self._signature.items():
-            if signature.get(field) != value:
+            if field not in _OF_DATA and signature.get(field) != value:
                 raise CheckpointError(
                     f"input pipeline state is of another run: {field} was "
                     f"{signature.get(field)!r}, now it is {value!r}"

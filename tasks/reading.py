@@ -7,21 +7,28 @@ A damaged row is left out, counted, and named with its line in a warning; where 
 damaged (1 %, or $SIRA_MAX_DAMAGED), reading it fails instead.
 """
 
+import errno
 import hashlib
 import json
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from sira_jax.errors import DataError
+from tasks import data_files
 from tasks.download import cache_root
 from tasks.specs import Example
 
 Row = TypeVar("Row")
 MAX_DAMAGED = 0.01
 _SHOWN = 10
+_ATTEMPTS = 3
+_PAUSE_SECONDS = 1.0
+# What network file systems answer while a server comes back.
+_PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
 
 
 class DamagedRowsWarning(UserWarning):
@@ -50,7 +57,22 @@ def data_file(folder: str, name: str, *, source: str | None = None) -> Path:
             f"data file {path} is missing: run `python scripts/download_data.py {source or folder}`,"
             " or set SIRA_DATA_DIR (--data_dir) to the folder that holds it"
         )
+    data_files.note(folder, name, path)
     return path
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file, in a few attempts where a network file system fails. Raises DataError where it cannot be read."""
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            if error.errno not in _PASSING:
+                raise DataError(f"{path}: {error.strerror}") from None
+            reason = error.strerror
+        if attempt < _ATTEMPTS:
+            time.sleep(_PAUSE_SECONDS * attempt)
+    raise DataError(f"{path}: {reason}, in {_ATTEMPTS} attempts")
 
 
 def max_damaged() -> float:
@@ -124,10 +146,7 @@ def read_text(path: Path, *, fallback: str | None = None) -> str:
 
     Raises DataError where it cannot be read.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
+    data = read_bytes(path)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -147,11 +166,8 @@ def read_json_lines(path: Path, parse: Callable[[Mapping], Example | None]) -> l
             raise DataError(f"no JSON ({error})") from None
         return parse(_object(row))
 
-    try:
-        # Not splitlines: U+2028 and its like may stand inside a JSON text.
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
+    # Not splitlines: U+2028 and its like may stand inside a JSON text.
+    lines = read_bytes(path).split(b"\n")
     rows = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
     return parse_rows(path, rows, parse_line)
 

@@ -5,17 +5,43 @@ writes to a temporary name and renames.
 """
 
 import contextlib
+import dataclasses
+import logging
 import math
+import os
+import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
 
-from sira_jax.errors import CheckpointError
+from sira_jax.checkpoints import checksums
+from sira_jax.checkpoints.sealed_path import SealedPath
+from sira_jax.errors import CheckpointError, StorageError
+from sira_jax.files import STORAGE_ERRORS
 
 _MANAGER = ocp.checkpoint_managers
+
+
+@dataclasses.dataclass
+class _NewestMultiple(_MANAGER.PreservationPolicy):
+    """Keeps the newest checkpoint whose step is a multiple of `period`."""
+
+    period: int
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        del context
+        steps = [info.step for info in checkpoints if info.step % self.period == 0]
+        return [info.step == max(steps, default=None) for info in checkpoints]
+
+
+def whole_steps(directory: Path) -> list[int]:
+    """Steps of the checkpoints that have their final names, ascending, from the folder itself."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
 
 
 class Checkpointer:
@@ -26,15 +52,25 @@ class Checkpointer:
       keep: newest checkpoints kept.
       best_metric: name in the `metrics` given to `save` whose best checkpoint is kept besides; "" for none.
       best_mode: "min" or "max".
+      keep_multiple: the newest checkpoint whose step is a multiple of it is kept besides; 0 for none.
     """
 
     def __init__(
-        self, directory: str | Path, *, keep: int = 2, best_metric: str = "", best_mode: str = "min"
+        self,
+        directory: str | Path,
+        *,
+        keep: int = 2,
+        best_metric: str = "",
+        best_mode: str = "min",
+        keep_multiple: int = 0,
     ):
         self.directory = Path(directory).absolute()
+        _silence_saving_thread()
         self._best_metric = best_metric
         sign = 1.0 if best_mode == "max" else -1.0
         policies = [_MANAGER.LatestN(keep)]
+        if keep_multiple:
+            policies.append(_NewestMultiple(keep_multiple))
         best_fn = None
         if best_metric:
 
@@ -49,6 +85,7 @@ class Checkpointer:
             preservation_policy=_MANAGER.AnyPreservationPolicy(policies),
             best_fn=best_fn,
             enable_async_checkpointing=True,
+            temporary_path_class=SealedPath,
             create=True,
         )
         handlers = {
@@ -63,6 +100,7 @@ class Checkpointer:
                 self.directory, options=options, item_handlers=handlers
             )
         except (OSError, ValueError) as error:
+            self._raise_storage(error)
             reason = str(error).strip().split("\n")[0]
             raise CheckpointError(f"{self.directory}: cannot be read: {reason}") from error
 
@@ -84,23 +122,34 @@ class Checkpointer:
           data: position of the input pipeline, plain JSON data.
           meta: config and base fingerprint, plain JSON data.
           metrics: the evaluation at this step, if there was one.
+
+        Raises:
+          StorageError: this checkpoint, or the one before it, of which it is known only now, could not be written; names the
+            last good one.
         """
         if step in self._manager.all_steps():
             return
         if metrics is not None and not math.isfinite(metrics.get(self._best_metric, math.nan)):
             # What is no number would be kept as the best.
             metrics = None
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                adapter=ocp.args.StandardSave(adapter),
-                optimizer=ocp.args.StandardSave(optimizer),
-                data=ocp.args.JsonSave(dict(data)),
-                meta=ocp.args.JsonSave(dict(meta)),
-            ),
-            metrics=dict(metrics) if metrics is not None else None,
-            force=True,
-        )
+        with self._storage_errors():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    adapter=ocp.args.StandardSave(adapter),
+                    optimizer=ocp.args.StandardSave(optimizer),
+                    data=ocp.args.JsonSave(dict(data)),
+                    meta=ocp.args.JsonSave(dict(meta)),
+                ),
+                metrics=dict(metrics) if metrics is not None else None,
+                force=True,
+            )
+
+    def delete_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps, which were given up."""
+        for later in self.all_steps():
+            if later > step:
+                self._manager.delete(later)
 
     def latest_step(self) -> int | None:
         """The newest whole checkpoint's step, or None."""
@@ -119,6 +168,21 @@ class Checkpointer:
     def path(self, step: int) -> Path:
         """Directory of one checkpoint."""
         return self.directory / str(step)
+
+    def check(self, step: int, parts: Sequence[str] | None = None) -> None:
+        """Raises CheckpointError, naming the file, if a checkpoint's files are not what was saved.
+
+        Args:
+          step: one of `all_steps`.
+          parts: which of "adapter", "optimizer", "data", "meta" matter; None for all that is there.
+        """
+        problem = checksums.problem(self.path(step), parts)
+        if problem:
+            raise CheckpointError(f"{self.path(step)}: is damaged: {problem}{self._others(step)}")
+
+    def _others(self, step: int) -> str:
+        others = [other for other in self.all_steps() if other != step]
+        return f"; there are also {', '.join(map(str, others))}" if others else ""
 
     def restore(self, step: int, adapter: Any, optimizer: Any) -> tuple[Any, Any, dict[str, Any]]:
         """Returns (adapter, optimizer, data) of a checkpoint.
@@ -168,8 +232,31 @@ class Checkpointer:
             raise CheckpointError(f"{self.path(step)}: cannot be restored: {reason}") from error
 
     def wait(self) -> None:
-        """Returns once every save that was started is whole on disk."""
-        self._manager.wait_until_finished()
+        """Returns once every save that was started is whole on disk; raises StorageError as `save`."""
+        with self._storage_errors():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            self._raise_storage(error)
+            raise
+
+    def _raise_storage(self, error: Exception) -> None:
+        """Raises StorageError from what a full or failing device led to; returns where it is something else."""
+        # TensorStore has the number in the text of a ValueError alone.
+        numbers = re.findall(r"os_error_code='(\d+)'", str(error))
+        number = int(numbers[-1]) if numbers else getattr(error, "errno", None)
+        if number not in STORAGE_ERRORS:
+            return
+        steps = whole_steps(self.directory)
+        good = f"the last good one is {self.path(steps[-1])}" if steps else "there is no good one"
+        raise StorageError(
+            f"{self.directory}: a checkpoint cannot be written: {os.strerror(number)}; {good}, and the same command goes on"
+            " from it"
+        ) from error
 
     def close(self) -> None:
         """Waits, then frees the threads."""
@@ -194,3 +281,18 @@ def _late_reads_ignored() -> Iterator[None]:
     sys.unraisablehook = hook
     yield
     sys.unraisablehook = previous
+
+
+class _RaisedAnyway(logging.Filter):
+    """Leaves out the stack traces that Orbax logs of an error in a saving thread, which it raises in the main thread too."""
+
+    _TEXTS = ("background save thread", "Finalize thread (%s) failed", "raised an exception")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not any(text in str(record.msg) for text in self._TEXTS)
+
+
+def _silence_saving_thread() -> None:
+    logger = logging.getLogger("absl")
+    if not any(isinstance(known, _RaisedAnyway) for known in logger.filters):
+        logger.addFilter(_RaisedAnyway())

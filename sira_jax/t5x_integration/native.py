@@ -17,7 +17,8 @@ from sira_jax.checkpoints.orbax import Checkpointer
 from sira_jax.errors import CheckpointError
 from sira_jax.t5x_integration.engine import optimizers
 from sira_jax.t5x_integration.optimizer import like
-from sira_jax.training.loop import abstract, check_base
+from sira_jax.training.loop import abstract
+from sira_jax.training.resumable import check_base
 from sira_jax.training.train_state import TrainState, merge_params
 
 _PARTS = ("adapter", "optimizer", "meta")
@@ -80,6 +81,7 @@ def restore_native(path: str, state: Any) -> Any:
     adapter, base = partition(flax_core.unfreeze(state.params), is_adapter)
     checkpointer = Checkpointer(directory)
     try:
+        checkpointer.check(step)
         check_base(checkpointer.restore_meta(step), fingerprint(base), path)
         if hasattr(state, "_optimizer"):
             own = to_native(state)

@@ -14,6 +14,7 @@ from sira_jax.errors import ConfigError, check, is_finite_number, is_whole_numbe
 from sira_jax.models.config import DTYPES, REMAT_POLICIES
 from sira_jax.quantized import KINDS
 from sira_jax.training.axis_rules import MESH_AXES, freeze_rules
+from sira_jax.training.bad_loss import BadLossConfig
 
 STRATEGIES = ("greedy", "sample", "beam")
 OPTIMIZERS = ("adamw", "adafactor")
@@ -332,6 +333,7 @@ class ExperimentConfig:
     decode: DecodeConfig = DecodeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     mesh: MeshConfig = MeshConfig()
+    bad_loss: BadLossConfig = dataclasses.field(default_factory=BadLossConfig)
 
     def __post_init__(self):
         steps = self.train.accumulation_steps
@@ -341,12 +343,8 @@ class ExperimentConfig:
             steps,
             f"a divisor of data.batch_size={self.data.batch_size}",
         )
-        check(
-            self.optimizer.warmup_steps <= self.train.num_steps,
-            "optimizer.warmup_steps",
-            self.optimizer.warmup_steps,
-            f"at most train.num_steps={self.train.num_steps}",
-        )
+        warmup, last = self.optimizer.warmup_steps, self.train.num_steps
+        check(warmup <= last, "optimizer.warmup_steps", warmup, f"at most train.num_steps={last}")
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain data that `make_experiment` reads back."""
@@ -368,6 +366,7 @@ SECTIONS = {
     "decode": DecodeConfig,
     "evaluate": EvaluateConfig,
     "mesh": MeshConfig,
+    "bad_loss": BadLossConfig,
 }
 
 

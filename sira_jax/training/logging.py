@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sira_jax.files import write_text
+from sira_jax.files import naming, write_text
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -33,20 +33,27 @@ class MetricsLog:
 
     def __init__(self, directory: Path, *, start_step: int = 0, tensorboard: bool = True):
         self._path = Path(directory) / METRICS_FILE
-        if self._path.exists():
-            kept = [line for line in read_metrics(directory) if line["step"] <= start_step]
-            write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.forget_after(start_step)
         self._writer = None
         if tensorboard:
             # clu imports TensorFlow, which takes seconds: only where it is used.
             metric_writers = import_quietly("clu.metric_writers")
             self._writer = metric_writers.SummaryWriter(str(Path(directory) / "tensorboard"))
 
+    def forget_after(self, step: int) -> None:
+        """Removes the lines of later steps, which are run again; TensorBoard keeps its own."""
+        if self._path.exists():
+            kept = [line for line in read_metrics(self._path.parent) if line["step"] <= step]
+            write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs scalars. Values that are no finite number are written as null, which JSON has."""
+        """Logs scalars. Values that are no finite number are written as null, which JSON has.
+
+        Raises StorageError where there is no room.
+        """
         values = {name: float(value) for name, value in values.items()}
         shown = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        with self._path.open("a") as file:
+        with naming(self._path), self._path.open("a") as file:
             file.write(json.dumps({"step": step} | shown) + "\n")
         if self._writer:
             self._writer.write_scalars(step, values)
@@ -60,6 +67,9 @@ class MetricsLog:
 
 class SilentLog:
     """What a process has in the place of MetricsLog that leaves the logs to another."""
+
+    def forget_after(self, step: int) -> None:
+        """Nothing."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Nothing."""
@@ -101,7 +111,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """A bar with loss, tokens a second and the time left, on standard error.
+    """A bar with loss, tokens a second and the time left, on standard error, and the share of waiting for data from a tenth on.
 
     Where standard error is no terminal, a line every 30 seconds instead of a redrawn one. Nothing where it is `hidden`.
     """
@@ -129,18 +139,38 @@ class Progress:
             # The bar's own time left, from the mean speed, which an uneven step does not shake.
             smoothing=0.05,
         )
-        self._tokens, self._since = 0.0, time.perf_counter()
+        self._tokens, self._since, self._waited = 0.0, time.perf_counter(), 0.0
 
-    def update(self, loss: float | None = None, tokens: float = 0.0, count: int = 1) -> None:
-        """Moves on by `count`, having seen `tokens` tokens."""
+    def update(
+        self,
+        loss: float | None = None,
+        tokens: float = 0.0,
+        count: int = 1,
+        waited: float = 0.0,
+    ) -> None:
+        """Moves on by `count`, having seen `tokens` tokens and waited for them so many seconds."""
         self._tokens += tokens
+        self._waited += waited
         shown = {}
         if loss is not None:
             shown["loss"] = f"{loss:.3f}"
         if self._tokens:
-            shown["tokens/s"] = f"{self._tokens / (time.perf_counter() - self._since):.0f}"
+            passed = time.perf_counter() - self._since
+            shown["tokens/s"] = f"{self._tokens / passed:.0f}"
+            if self._waited > 0.1 * passed:
+                shown["waiting for data"] = f"{self._waited / passed:.0%}"
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(count)
+
+    def note(self, text: str) -> None:
+        """Writes a line on standard error without breaking the bar; nothing where it is hidden."""
+        if not self._bar.disable:
+            self._bar.write(text, file=sys.stderr)
+
+    def move_back(self, count: int) -> None:
+        """Moves back to the first `count`."""
+        self._bar.n = count
+        self._bar.refresh()
 
     def close(self) -> None:
         """Leaves the bar as it is and ends its line."""

@@ -2,60 +2,36 @@
 
 import contextlib
 import json
-import math
 import signal
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sira_jax.adapters import split_trained
 from sira_jax.checkpoints.fingerprint import fingerprint
 from sira_jax.checkpoints.orbax import Checkpointer
-from sira_jax.errors import CheckpointError, ConfigError, TrainingError
+from sira_jax.errors import StorageError, TrainingError
 from sira_jax.files import write_text
 from sira_jax.models import Model
-from sira_jax.training import multihost, partitioning
-from sira_jax.training.config import ExperimentConfig, make_experiment
+from sira_jax.training import bad_loss, checkpoint_files, multihost, partitioning
+from sira_jax.training.config import ExperimentConfig
 from sira_jax.training.logging import MetricsLog, Progress, SilentLog
 from sira_jax.training.optimizers import make_optimizer, make_schedule
+from sira_jax.training.patient_source import BatchSource, PatientSource
+from sira_jax.training.resumable import check_base, check_resumable
 from sira_jax.training.train_state import (
     TrainState,
     abstract_adapter,
     init_adapter,
 )
 from sira_jax.training.train_step import make_train_step
+from sira_jax.training.window import Window
 
 CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "config.json"
-
-# Fields that a resumed run may change: they steer how long and how often, not what a step computes.
-_MAY_CHANGE = {
-    "train": {"log_every", "eval_every", "checkpoint_every", "keep_checkpoints"},
-    "mesh": None,
-    "decode": None,
-    "evaluate": None,
-    "model": {"path", "remat_policy"},
-    "adapter": {"dispatch"},
-}
-
-
-class BatchSource(Protocol):
-    """An endless source of batches that can be put back to any earlier position."""
-
-    def next_batch(self) -> dict[str, np.ndarray]: ...
-
-    def state(self) -> dict[str, Any]: ...
-
-    def restore(self, state: Mapping[str, Any]) -> None: ...
-
-
-# The parameters' norm is of the updated ones: a step that breaks them is found before they are saved.
-_MUST_BE_FINITE = ("loss", "gradient_norm", "auxiliary_loss", "parameter_norm")
 
 Evaluator = Callable[[Any], Mapping[str, float]]
 
@@ -68,47 +44,9 @@ def make_checkpointer(workdir: Path, experiment: ExperimentConfig) -> Checkpoint
         keep=train.keep_checkpoints,
         best_metric=train.keep_best,
         best_mode=train.best_mode,
+        # A stop in between must not take away what an unbroken run would go back to.
+        keep_multiple=train.checkpoint_every if experiment.bad_loss.action == "rewind" else 0,
     )
-
-
-def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], where: Path) -> None:
-    """Raises CheckpointError, naming the field, if a run directory was made by another config."""
-    _check_same(saved, current, where, _MAY_CHANGE)
-
-
-def check_adapter(saved: Mapping[str, Any], experiment: ExperimentConfig, where: Path) -> None:
-    """Raises CheckpointError, naming the field, if a checkpoint's adapter computes something else than the config's."""
-    may_change = dict.fromkeys(_MAY_CHANGE | saved)
-    if experiment.adapter is not None:
-        may_change["adapter"] = set(experiment.adapter.training_fields)
-    _check_same(saved, experiment.to_dict(), where, may_change)
-
-
-def _check_same(
-    saved: Mapping[str, Any],
-    current: Mapping[str, Any],
-    where: Path,
-    allowed: Mapping[str, set[str] | None],
-) -> None:
-    """`allowed`: section -> fields that may differ, None for all."""
-    # Through JSON, so that tuples and lists compare equal.
-    current = json.loads(json.dumps(current))
-    try:
-        # Read and written again: a field that did not exist yet has its default.
-        saved = json.loads(json.dumps(make_experiment(saved).to_dict()))
-    except ConfigError as error:
-        raise CheckpointError(f"{where}: its config is of another version: {error}") from None
-    for section in sorted(set(saved) | set(current)):
-        may_change = allowed.get(section, set())
-        if may_change is None:
-            continue
-        old, new = saved.get(section, {}), current.get(section, {})
-        for field in sorted((set(old) | set(new)) - may_change):
-            if old.get(field) != new.get(field):
-                raise CheckpointError(
-                    f"{where}: was started with {section}.{field}={old.get(field)!r}, the config has"
-                    f" {new.get(field)!r}: use another --workdir, or the old value"
-                )
 
 
 class _StopSignal:
@@ -143,7 +81,7 @@ class Trainer:
       model: decoder with the adapter to train.
       frozen: parameters of the base, placed on the mesh.
       data: batches, this process's rows of each (`BatchLayout.rows`); restored together with the state.
-      workdir: run directory; made if missing.
+      workdir: run directory; made if missing. Only one run at a time may work there (`run_lock`).
       mesh: devices.
       evaluate: called with the adapter's parameters at every evaluation, returns metrics by name.
       task_names: names of the tasks that the batches' task ids stand for, for per-task router metrics.
@@ -164,7 +102,7 @@ class Trainer:
     ):
         train = experiment.train
         self._experiment, self._model, self._frozen = experiment, model, frozen
-        self._data, self._mesh, self._evaluate = data, mesh, evaluate
+        self._data, self._mesh, self._evaluate = PatientSource(data), mesh, evaluate
         self._workdir = Path(workdir)
         self._tensorboard = tensorboard
         self._rules = partitioning.make_rules(experiment.mesh)
@@ -189,9 +127,11 @@ class Trainer:
             donate_argnums=0,
             out_shardings=(shardings, partitioning.replicated(mesh)),
         )
+        checkpoint_files.prepare(self._workdir / CHECKPOINTS)
         self._checkpointer = make_checkpointer(self._workdir, experiment)
         self._meta: dict[str, Any] = {}
-        self._window = _Window()
+        self._window = Window()
+        self._judge = bad_loss.Judge(experiment.bad_loss)
 
     def _init_state(self) -> TrainState:
         shapes = abstract_adapter(self._model, self._mesh, self._rules)
@@ -230,55 +170,109 @@ class Trainer:
         meta = self._checkpointer.restore_meta(step)
         check_resumable(meta["config"], self._meta["config"], where)
         check_base(meta, self._meta["base_fingerprint"], where)
+        position = self._restore(step)
+        self._data.restore(position["data"])
+        self._judge = bad_loss.Judge(self._experiment.bad_loss, position.get("bad_loss"))
+        return step
+
+    def _restore(self, step: int) -> dict[str, Any]:
+        """Takes state and window from a checkpoint, and returns what else it says of the place in the run."""
         rest = {"step": self.state.step, "optimizer": self.state.optimizer}
         adapter, rest, position = self._checkpointer.restore(
             step, abstract(self.state.adapter), abstract(rest)
         )
         self.state = TrainState(adapter=adapter, **rest)
-        self._data.restore(position["data"])
-        self._window = _Window(position["window"])
-        return step
+        self._window = Window(position["window"])
+        return position
 
     def run(self) -> str:
         """Trains to the last step. Returns "done", or the name of the signal that stopped it after saving.
 
         Raises:
-          TrainingError: if a loss or gradient is no finite number; names the step and the last good checkpoint.
+          TrainingError: a loss is bad and bad_loss says to stop; names the step and the last good checkpoint.
+          StorageError: a checkpoint or the log cannot be written; names the last good checkpoint.
+          DataError: the data source fails again and again.
         """
-        train = self._experiment.train
         start = self.resume()
         log, bar = self._start_logs(start)
-        vote = multihost.StopVote(self._mesh)
-        self._window.restart_clock()
         with _StopSignal() as stop:
             try:
-                for step in range(start + 1, train.num_steps + 1):
-                    agreed = vote(lambda: stop.received)
-                    batch = self._layout.put(self._data.next_batch())
-                    self.state, metrics = self._step(self.state, self._frozen, batch)
-                    metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
-                    self._check_finite(step, metrics, _MUST_BE_FINITE)
-                    self._window.add(metrics)
-                    bar.update(metrics["loss"], metrics["tokens"])
-                    last = step == train.num_steps
-                    if step % train.log_every == 0 or last:
-                        log.write(step, self._window.summary())
-                        self._window = _Window()
-                    results = None
-                    if last or (train.eval_every and step % train.eval_every == 0):
-                        results = self._evaluate_and_log(step, log)
-                    stopping = agreed()
-                    if step % train.checkpoint_every == 0 or last or stopping or results:
-                        self._save(step, results)
-                    self._window.restart_clock()
-                    if stopping and not last:
-                        return stopping
-                return "done"
-            finally:
+                outcome = self._steps(start, stop, log, bar)
                 # Still under the handler: a second SIGTERM must not cut off the save that the first one asked for.
                 self._checkpointer.wait()
+                return outcome
+            except BaseException:
+                # The error under way says more than that of a save that fails behind it.
+                with contextlib.suppress(StorageError):
+                    self._checkpointer.wait()
+                raise
+            finally:
                 bar.close()
                 log.close()
+
+    def _steps(
+        self, step: int, stop: _StopSignal, log: MetricsLog | SilentLog, bar: Progress
+    ) -> str:
+        train, action = self._experiment.train, self._experiment.bad_loss.action
+        vote = multihost.StopVote(self._mesh)
+        self._window.restart_clock()
+        while step < train.num_steps:
+            step += 1
+            agreed = vote(lambda: stop.received)
+            batch = self._layout.put(self._data.next_batch())
+            limit = (self._judge.limit(),) if action == "skip" else ()
+            self.state, metrics = self._step(self.state, self._frozen, batch, *limit)
+            metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
+            problem = self._judge.problem(metrics)
+            if problem is not None:
+                if action == "stop":
+                    self._stop(step, problem)
+                self._judge.refuse(step, problem)
+            if problem is not None and action == "rewind":
+                step = self._rewind(step, problem, log, bar)
+                continue
+            if problem is None:
+                self._judge.accept(metrics["loss"])
+            else:
+                bar.note(f"warning: {problem} at step {step}: the step is skipped")
+                metrics = {name: metrics[name] for name in ("tokens", "skipped")}
+            self._window.add(metrics, self._data.waited)
+            bar.update(metrics.get("loss"), metrics["tokens"], waited=self._data.waited)
+            last = step == train.num_steps
+            if step % train.log_every == 0 or last:
+                log.write(step, self._window.summary())
+                self._window = Window()
+            results = None
+            if last or (train.eval_every and step % train.eval_every == 0):
+                results = self._evaluate_and_log(step, log)
+            stopping = agreed()
+            if step % train.checkpoint_every == 0 or last or stopping or results:
+                self._save(step, results)
+            self._window.restart_clock()
+            if stopping and not last:
+                return stopping
+        return "done"
+
+    def _rewind(self, step: int, problem: str, log: MetricsLog | SilentLog, bar: Progress) -> int:
+        """Goes back to the state of the last regular checkpoint, and returns its step; the data stay where they are."""
+        self._checkpointer.wait()
+        good = checkpoint_files.newest_sound(
+            self._checkpointer.directory, self._experiment.train.checkpoint_every
+        )
+        if good:
+            judged = self._restore(good).get("bad_loss")
+        else:
+            self.state, self._window, judged = self._init_state(), Window(), None
+        self._judge = self._judge.rewound(judged)
+        # Later ones are of the way that is given up.
+        self._checkpointer.delete_after(good)
+        log.forget_after(good)
+        bar.move_back(good)
+        bar.note(
+            f"warning: {problem} at step {step}: back to step {good}, and on with the batches that follow"
+        )
+        self._window.restart_clock()
+        return good
 
     def _start_logs(self, start: int) -> tuple[MetricsLog | SilentLog, Progress]:
         """The log and the bar, of which only the main process has visible ones."""
@@ -290,81 +284,38 @@ class Trainer:
         log = MetricsLog(self._workdir, start_step=start, tensorboard=self._tensorboard)
         return log, Progress(num_steps, initial=start, description="train")
 
-    def _check_finite(self, step: int, metrics: Mapping[str, float], names: Iterable[str]) -> None:
-        for name in names:
-            if not math.isfinite(metrics[name]):
-                self._checkpointer.wait()
-                good = self._checkpointer.latest_step()
-                kept = (
-                    "there is no checkpoint yet"
-                    if good is None
-                    else (f"the last good checkpoint is {self._checkpointer.path(good)}")
-                )
-                raise TrainingError(f"{name} is {metrics[name]} at step {step}; {kept}")
+    def _stop(self, step: int, problem: str) -> None:
+        self._checkpointer.wait()
+        good = self._checkpointer.latest_step()
+        kept = (
+            "there is no checkpoint yet"
+            if good is None
+            else f"the last good checkpoint is {self._checkpointer.path(good)}"
+        )
+        raise TrainingError(f"{problem} at step {step}; {kept}")
 
-    def _evaluate_and_log(self, step: int, log: MetricsLog) -> dict[str, float] | None:
+    def _evaluate_and_log(self, step: int, log: MetricsLog | SilentLog) -> dict[str, float] | None:
         if self._evaluate is None:
             return None
         results = dict(self._evaluate(self.state.adapter))
         log.write(step, results)
-        self._check_finite(step, results, results)
+        problem = bad_loss.not_finite(results, results)
+        if problem is not None:
+            self._stop(step, problem)
         return results
 
     def _save(self, step: int, results: Mapping[str, float] | None) -> None:
-        position = {"data": self._data.state(), "window": self._window.state()}
+        if step % self._experiment.train.checkpoint_every == 0:
+            self._judge.passed_checkpoint()
+        position = {
+            "data": self._data.state(),
+            "window": self._window.state(),
+            "bad_loss": self._judge.state(),
+        }
         rest = {"step": self.state.step, "optimizer": self.state.optimizer}
         self._checkpointer.save(step, self.state.adapter, rest, position, self._meta, results)
-
-
-class _Window:
-    """Means of the steps since the last line of the log, and their speed.
-
-    Its state goes into checkpoints, so that a line whose steps lie on both sides of a kill is the unbroken run's.
-    """
-
-    def __init__(self, state: Mapping[str, Any] | None = None):
-        self._sums: dict[str, float] = dict(state["sums"]) if state else {}
-        self._counts: dict[str, int] = dict(state["counts"]) if state else {}
-        self._timed_count, self._timed_tokens = 0, 0.0
-        self._seconds, self._since = 0.0, time.perf_counter()
-
-    def add(self, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            # A task that the batch had no tokens of has no value; what must have one is checked before.
-            if not math.isnan(value):
-                self._sums[name] = self._sums.get(name, 0.0) + value
-                self._counts[name] = self._counts.get(name, 0) + 1
-        self._timed_count += 1
-        self._timed_tokens += metrics["tokens"]
-        now = time.perf_counter()
-        self._seconds += now - self._since
-        self._since = now
-
-    def restart_clock(self) -> None:
-        """Leaves out the time since the last step, for example of an evaluation."""
-        self._since = time.perf_counter()
-
-    def summary(self) -> dict[str, float]:
-        values = {f"train/{name}": self._sums[name] / count for name, count in self._counts.items()}
-        if self._timed_count:
-            values["speed/seconds_per_step"] = self._seconds / self._timed_count
-            values["speed/tokens_per_second"] = self._timed_tokens / self._seconds
-        return values
-
-    def state(self) -> dict[str, Any]:
-        """What a resumed run needs, as plain data; time that passed before a kill is not part of it."""
-        return {"sums": dict(self._sums), "counts": dict(self._counts)}
 
 
 def abstract(tree: Any) -> Any:
     """Shapes, types and shardings of a tree of arrays."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
-
-
-def check_base(meta: Mapping[str, Any], base_fingerprint: str, where: Path) -> None:
-    """Raises CheckpointError unless the checkpoint was trained on the base with this fingerprint."""
-    if meta["base_fingerprint"] != base_fingerprint:
-        raise CheckpointError(
-            f"{where}: was trained on the base model {meta['base_fingerprint']}, the loaded one is {base_fingerprint}:"
-            " the adapter fits only the very weights it was trained on"
-        )

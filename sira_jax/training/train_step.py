@@ -19,6 +19,7 @@ from sira_jax.adapters import SecondPass, StepInfo, split_trained
 from sira_jax.models import Model
 from sira_jax.placement import constrain
 from sira_jax.routing import RouterStats
+from sira_jax.training.bad_loss import is_bad
 from sira_jax.training.optimizers import restart_moments
 from sira_jax.training.train_state import TrainState, merge_params
 
@@ -207,13 +208,17 @@ def make_train_step(
     accumulation_steps: int = 1,
     loss_chunk_size: int = 0,
     task_names: Sequence[str] = (),
-) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """Returns step(state, frozen, batch) -> (state, metrics), not yet jitted.
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """Returns step(state, frozen, batch, loss_limit=None) -> (state, metrics), not yet jitted.
 
     The loss is the mean cross-entropy over the target tokens of the whole batch plus the auxiliary loss. With accumulation,
     microbatches are rows [0, B/A), [B/A, 2B/A), ...; each is weighted by its target tokens, so that the cross-entropy's
     gradient is that of the whole batch, and auxiliary losses are averaged. An adapter's second pass adds its consistency
     term to the auxiliary loss.
+
+    With a `loss_limit`, a scalar, a step whose loss is over it or not finite (`bad_loss.is_bad`) changes neither the trained
+    parameters nor the optimizer's moments; the learning rate's schedule and the adapter's own (`after_step`) go on, and the
+    metric `skipped` says so: 0 or 1.
 
     Args:
       model: decoder with the adapter.
@@ -264,7 +269,7 @@ def make_train_step(
         metrics["router"] = router_sums(sown.get("metrics", {}))
         return nats / total_weight + auxiliary, metrics
 
-    def step(state: TrainState, frozen: Any, batch: Batch):
+    def step(state: TrainState, frozen: Any, batch: Batch, loss_limit: jax.Array | None = None):
         total_weight = jnp.maximum(jnp.sum(batch["decoder_loss_weights"]), 1.0)
         trained, buffers = split_trained(state.adapter)
         progress = state.step.astype(jnp.float32) / num_steps
@@ -279,7 +284,14 @@ def make_train_step(
         else:
             grads, metrics = _accumulate(gradient, batch, accumulation_steps)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
-        trained = optax.apply_updates(trained, updates)
+        applied = optax.apply_updates(trained, updates)
+        if loss_limit is None:
+            trained = applied
+        else:
+            bad = is_bad(metrics | _norms(grads, applied), loss_limit)
+            trained = jax.tree.map(lambda old, new: jnp.where(bad, old, new), trained, applied)
+            optimizer_state = restart_moments(optimizer_state, state.optimizer, bad)
+            metrics["skipped"] = bad.astype(jnp.float32)
         adapter = merge_params(trained, buffers)
         if model.adapter is not None:
             key = step_end_key(seed, state.step)
@@ -289,9 +301,7 @@ def make_train_step(
                 fresh = optimizer.init(split_trained(adapter)[0])
                 optimizer_state = restart_moments(optimizer_state, fresh, restart)
         metrics |= router_summary(metrics.pop("router"), task_names)
-        metrics |= {
-            "gradient_norm": optax.global_norm(grads),
-            "parameter_norm": optax.global_norm(trained),
+        metrics |= _norms(grads, applied) | {
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "tokens": jnp.sum(batch["decoder_segment_ids"] > 0, dtype=jnp.float32),
             "target_tokens": jnp.sum(batch["decoder_loss_weights"]),
@@ -300,6 +310,13 @@ def make_train_step(
         return new_state, metrics
 
     return step
+
+
+def _norms(grads: Any, trained: Any) -> dict[str, jax.Array]:
+    return {
+        "gradient_norm": optax.global_norm(grads),
+        "parameter_norm": optax.global_norm(trained),
+    }
 
 
 def _second_features(second: SecondPass, run: Callable, params: Any) -> jax.Array:

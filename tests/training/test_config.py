@@ -7,6 +7,7 @@ import pytest
 
 from sira_jax.adapters import LoRAConfig, SiRAConfig
 from sira_jax.errors import ConfigError
+from sira_jax.training.bad_loss import BadLossConfig
 from sira_jax.training.config import (
     DataConfig,
     DecodeConfig,
@@ -33,8 +34,13 @@ SECTIONS = {
     "decode": DecodeConfig,
     "evaluate": EvaluateConfig,
     "mesh": MeshConfig,
+    "bad_loss": BadLossConfig,
 }
 WRONG = {
+    "bad_loss.action": ["ignore", None],
+    "bad_loss.spike_factor": [1, 0.5, -2.0, NAN, INFINITY, None, "2"],
+    "bad_loss.window": [0, 2.5, True],
+    "bad_loss.patience": [0, -1, None],
     "model.path": ["", None, 5],
     "model.dtype": ["float64", None, "fp32"],
     "model.param_dtype": ["int8"],

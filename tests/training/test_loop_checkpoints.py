@@ -15,10 +15,9 @@ from sira_jax.training.loop import (
     CHECKPOINTS,
     CONFIG_FILE,
     abstract,
-    check_adapter,
-    check_resumable,
     make_checkpointer,
 )
+from sira_jax.training.resumable import check_adapter, check_resumable
 from tests.training.tiny_run import ADAPTER, EXPERIMENT, FROZEN, STEPS, changed, trainer
 
 pytestmark = pytest.mark.usefixtures("compiled_once")

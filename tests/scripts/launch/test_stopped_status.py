@@ -16,12 +16,13 @@ from tests.scripts.flagged import imported
         ("SIGTERM", [], 0),
     ],
 )
-def test_exit_status(monkeypatch, capsys, outcome, arguments, status):
+def test_exit_status(monkeypatch, capsys, tmp_path, outcome, arguments, status):
     experiment = types.SimpleNamespace(adapter="an adapter")
     with imported("train") as train:
         monkeypatch.setattr(train.assemble, "read_experiment", lambda *_: experiment)
         monkeypatch.setattr(train.assemble, "Plan", lambda _: "a plan")
         monkeypatch.setattr(train, "train", lambda *_, **__: outcome)
-        flags.FLAGS(["train.py", "--workdir=a", *arguments])
+        monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+        flags.FLAGS(["train.py", f"--workdir={tmp_path}", *arguments])
         assert train.main([]) == status
     assert ("saving" in capsys.readouterr().out) == (outcome != "done")
