@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from scripts.run_results import SUMMARY_FILE
+from sira_jax import json_text
 from sira_jax.errors import CheckpointError, ConfigError, DataError
-from sira_jax.files import write_text
+from sira_jax.files import read_bytes, write_text
 from sira_jax.training import loop
 from sira_jax.training.config import ExperimentConfig, make_experiment
 
@@ -88,7 +89,7 @@ class RunSpec:
 def read_json(path: Path) -> Any | None:
     """The content of a JSON file, None where there is none that can be read."""
     try:
-        return json.loads(path.read_text())
+        return json_text.parse(read_bytes(path))
     except (OSError, ValueError):
         return None
 

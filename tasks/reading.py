@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from sira_jax import json_text
 from sira_jax.errors import DataError
+from sira_jax.files import read_bytes
 from tasks.download import cache_root
 from tasks.specs import Example
 
@@ -125,7 +127,7 @@ def read_text(path: Path, *, fallback: str | None = None) -> str:
     Raises DataError where it cannot be read.
     """
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
     try:
@@ -142,14 +144,14 @@ def read_json_lines(path: Path, parse: Callable[[Mapping], Example | None]) -> l
 
     def parse_line(line: bytes) -> Example | None:
         try:
-            row = json.loads(line.decode("utf-8-sig"))
+            row = json_text.parse(line.decode("utf-8-sig"))
         except ValueError as error:
             raise DataError(f"no JSON ({error})") from None
         return parse(_object(row))
 
     try:
         # Not splitlines: U+2028 and its like may stand inside a JSON text.
-        lines = path.read_bytes().split(b"\n")
+        lines = read_bytes(path).split(b"\n")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
     rows = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
@@ -159,9 +161,11 @@ def read_json_lines(path: Path, parse: Callable[[Mapping], Example | None]) -> l
 def read_json(path: Path, *, fallback: str | None = None) -> object:
     """The value of a JSON file. Raises DataError that names the line where it is none."""
     try:
-        return json.loads(read_text(path, fallback=fallback))
+        return json_text.parse(read_text(path, fallback=fallback))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}: no JSON ({error.msg})") from None
+    except ValueError as error:
+        raise DataError(f"{path}: no JSON ({error})") from None
 
 
 def read_json_list(path: Path, parse: Callable[[Mapping], Example | None]) -> list[Example]:

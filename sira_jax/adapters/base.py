@@ -291,7 +291,7 @@ def _check_pattern(field: str, pattern: object) -> None:
     check(isinstance(pattern, str) and pattern != "", field, pattern, allowed)
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ConfigError(f"{field}={pattern!r} is not allowed: {allowed} ({error})") from None
 
 

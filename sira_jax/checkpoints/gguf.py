@@ -29,6 +29,7 @@ from sira_jax.checkpoints.safetensors import (
     write_safetensors,
 )
 from sira_jax.errors import ModelFileError
+from sira_jax.files import open_binary
 
 CACHE_VARIABLE = "SIRA_CACHE"
 _CACHE_VERSION = 1  # part of the key: raise it when what is cached changes
@@ -52,7 +53,7 @@ class GGUFSource:
     def __init__(self, path: str, **options: object):
         self.path = str(path)
         self.header = read_header(self.path)
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - open as long as this object
+        self._file = open_binary(path, buffering=0)
         try:
             self.config = read_gguf_config(self.path, self.header, self._rope_factors(), **options)
         except BaseException:

@@ -19,7 +19,10 @@ from tests.fuzz.mutations import change_entry
 from tests.fuzz.targets import Target
 
 SECONDS = 10.0  # of a case, in CPU time
-CONSTANT_BYTES, BYTES_PER_BYTE = 48 << 20, 64  # a case may take the first, and so many times the size of its files
+CONSTANT_BYTES, BYTES_PER_BYTE = (
+    48 << 20,
+    64,
+)  # a case may take the first, and so many times the size of its files
 LONGEST_MESSAGE = 1000
 
 
@@ -86,7 +89,11 @@ def run_case(target: Target, sound: list[Path], seed: int, scratch: Path) -> Out
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     change = f"{source.name}: {damage(rng, source, folder)}"
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    size = sum(
+        path.stat().st_size
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink()
+    )
     before = _reset_peak()
     started = time.process_time()
     kind, detail = _judge(target, folder)

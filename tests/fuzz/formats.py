@@ -1,6 +1,5 @@
 """Mutations that know a format: they keep the outside of a file in order, so that what is inside is read."""
 
-import json
 import random
 import struct
 from collections.abc import Callable
@@ -10,8 +9,10 @@ from typing import Any
 import msgpack
 import numpy as np
 from flax import serialization
+from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
+from sira_jax import json_text
 from tests.fuzz.mutations import (
     INTEGERS,
     TEXTS,
@@ -38,7 +39,11 @@ def mutate_safetensors(rng: random.Random, data: bytes) -> bytes:
     elif kind == 3:
         header = _odd_text(rng, header)
     else:
-        header = to_json(_change_entries(rng, json.loads(header)))
+        try:
+            entries = json_text.parse(header)
+            header = to_json(_change_entries(rng, entries))
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError):  # damaged before
+            header = mutate_bytes(rng, header)
     if rng.randrange(6) == 0:
         rest = mutate_bytes(rng, rest)
     return len(header).to_bytes(8, "little") + header + rest
@@ -50,20 +55,47 @@ def _change_entries(rng: random.Random, header: dict) -> dict:
     entry = header[name]
     kind = rng.randrange(9)
     if kind == 0:
-        entry["dtype"] = rng.choice(("F64", "F16", "BF16", "I64", "BOOL", "F8_E4M3", "U4", "", None, [], {}, 4))
+        entry["dtype"] = rng.choice(
+            ("F64", "F16", "BF16", "I64", "BOOL", "F8_E4M3", "U4", "", None, [], {}, 4)
+        )
     elif kind == 1:
         entry["shape"] = [-size for size in entry["shape"]]
     elif kind == 2:
         entry["shape"] = rng.choice(
-            ([], [0], [1] * 70, [2**32, 2**32], [10**3000, 10**3000], [0, 2**62], [1.0], ["4"], "44", None, [True])
+            (
+                [],
+                [0],
+                [1] * 70,
+                [2**32, 2**32],
+                [10**3000, 10**3000],
+                [0, 2**62],
+                [1.0],
+                ["4"],
+                "44",
+                None,
+                [True],
+            )
         )
     elif kind == 3:  # overlaps with another
         entry["data_offsets"] = list(header[rng.choice(names)]["data_offsets"])
     elif kind == 4:
-        entry["data_offsets"] = [offset + rng.choice((-1, 1, 4, 2**40)) for offset in entry["data_offsets"]]
+        entry["data_offsets"] = [
+            offset + rng.choice((-1, 1, 4, 2**40)) for offset in entry["data_offsets"]
+        ]
     elif kind == 5:
         entry["data_offsets"] = rng.choice(
-            ([0], [], [0, 0, 0], [4, 0], [-4, 0], [0.0, 4.0], {"a": 1, "b": 2}, "01", None, [0, 10**4000])
+            (
+                [0],
+                [],
+                [0, 0, 0],
+                [4, 0],
+                [-4, 0],
+                [0.0, 4.0],
+                {"a": 1, "b": 2},
+                "01",
+                None,
+                [0, 10**4000],
+            )
         )
     elif kind == 6:
         header[rng.choice((*TEXTS, f"{name}x"))] = header.pop(name)
@@ -124,8 +156,11 @@ def mutate_gguf(rng: random.Random, data: bytes) -> bytes:
     """Another number in one to three fields of the header; sometimes any other change."""
     if rng.randrange(4) == 0:
         return mutate_bytes(rng, data)
+    try:
+        places = _gguf_fields(data)
+    except (struct.error, KeyError):  # damaged before
+        return mutate_bytes(rng, data)
     out = bytearray(data)
-    places = _gguf_fields(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         at, width = rng.choice(places)
         old = int.from_bytes(out[at : at + width], "little")
@@ -147,8 +182,11 @@ def mutate_msgpack(rng: random.Random, data: bytes) -> bytes:
     """A tree of T5X with other leaves and keys; sometimes any other change."""
     if rng.randrange(4) == 0:
         return mutate_bytes(rng, data)
-    tree = serialization.msgpack_restore(data)
-    holder, key = rng.choice(_places(tree))
+    try:
+        tree = serialization.msgpack_restore(data)
+        holder, key = rng.choice(_places(tree))
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):  # damaged before
+        return mutate_bytes(rng, data)
     kind = rng.randrange(9)
     if kind == 0:
         del holder[key]
@@ -164,23 +202,49 @@ def mutate_msgpack(rng: random.Random, data: bytes) -> bytes:
             )
         )  # fmt: skip
     elif kind == 4:
-        holder[key] = {"__msgpack_chunked_array__": True, "shape": random_value(rng, 4), "chunks": {"0": np.ones(4)}}
+        holder[key] = {
+            "__msgpack_chunked_array__": True,
+            "shape": random_value(rng, 4),
+            "chunks": {"0": np.ones(4)},
+        }
     elif kind == 5:
         holder[key] = msgpack.ExtType(rng.choice((1, 2, 3, 4, 100)), _array_bytes(rng))
     else:
-        holder[key] = random_value(rng, holder[key] if isinstance(holder[key], int | float | str) else None)
+        holder[key] = random_value(
+            rng, holder[key] if isinstance(holder[key], int | float | str) else None
+        )
     if rng.randrange(8) == 0:
         tree = random_value(rng)
     try:
         return msgpack.packb(tree, default=serialization._msgpack_ext_pack, strict_types=True)
-    except (ValueError, TypeError, OverflowError, RecursionError):  # numbers and texts that msgpack has not
+    except (
+        ValueError,
+        TypeError,
+        OverflowError,
+        RecursionError,
+    ):  # numbers and texts that msgpack has not
         return mutate_bytes(rng, data)
 
 
 def _array_bytes(rng: random.Random) -> bytes:
     """An array as flax packs it, with a shape, type or size that is wrong."""
     shape = rng.choice(((4,), (-1,), (2**40, 2**40), (0, 2**62), ("x",), 4, None, (3, 3), ()))
-    dtype = rng.choice(("float32", "object", "V8", "bfloat16", "S4", "M8[s]", "", "f4,f4", "no", 5, None, "float128"))
+    dtype = rng.choice(
+        (
+            "float32",
+            "object",
+            "V8",
+            "bfloat16",
+            "S4",
+            "M8[s]",
+            "",
+            "f4,f4",
+            "no",
+            5,
+            None,
+            "float128",
+        )
+    )
     return rng.choice((msgpack.packb((shape, dtype, bytes(16))), b"", b"\xc1", bytes(16)))
 
 
@@ -204,7 +268,12 @@ def mutate_spiece(rng: random.Random, data: bytes) -> bytes:
     """A SentencePiece model with other pieces and settings; sometimes any other change."""
     if rng.randrange(3) == 0:
         return mutate_bytes(rng, data)
-    proto = sentencepiece_model_pb2.ModelProto.FromString(data)
+    try:
+        proto = sentencepiece_model_pb2.ModelProto.FromString(data)
+    except DecodeError:  # damaged before
+        return mutate_bytes(rng, data)
+    if not proto.pieces:
+        return mutate_bytes(rng, data)
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     piece = rng.choice(proto.pieces)
     small = rng.choice((-1, 0, 1, 2, 3, 119, 120, 2**31 - 1, -(2**31)))

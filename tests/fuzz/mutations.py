@@ -9,12 +9,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sira_jax import json_text
+
 # Lengths, counts and offsets that a reader may trust too much.
 INTEGERS = (
     0, 1, 2, 3, 7, 31, 64, 127, 128, 255, 256, 1000, 65535, 65536, 2**20, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40,
     2**48, 2**53, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**30, 10**400, -1, -2, -128, -(2**31), -(2**63), -(10**30),
 )  # fmt: skip
-FLOATS = (0.0, -0.0, 0.5, 1.5, -1.0, 1e-45, 1e-300, 1e300, float("nan"), float("inf"), -float("inf"))
+FLOATS = (
+    0.0,
+    -0.0,
+    0.5,
+    1.5,
+    -1.0,
+    1e-45,
+    1e-300,
+    1e300,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+)
 # NUL, a lone surrogate, line ends, control characters, paths that lead elsewhere, and patterns.
 TEXTS = (
     "", " ", "x", "0", "-1", "1e999", "\0", "a\0b", "\ud800", "a\nb", "\r\n", "\x1b[31m", "\u2028", "ünï", "None", "null",
@@ -84,8 +98,8 @@ def mutate_json(rng: random.Random, text: bytes) -> bytes:
     if kind == 1:
         return _odd_text(rng, text)
     try:
-        value = json.loads(text)
-    except ValueError:
+        value = json_text.parse(text)
+    except ValueError:  # damaged before
         return mutate_bytes(rng, text)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         value = mutate_value(rng, value)
@@ -240,7 +254,9 @@ def _swap(rng: random.Random, path: Path, folder: Path) -> None:
 
 
 def _rename(rng: random.Random, path: Path, folder: Path) -> None:
-    path.rename(path.with_name(rng.choice(("x", path.name.upper(), f".{path.name}", f"{path.name}.bin"))))
+    path.rename(
+        path.with_name(rng.choice(("x", path.name.upper(), f".{path.name}", f"{path.name}.bin")))
+    )
 
 
 ENTRY_CHANGES: dict[str, Callable[[random.Random, Path, Path], None]] = {

@@ -1,6 +1,6 @@
 """A process that runs cases of one format and prints a line for each, first its seed and then what came of it.
 
-  python -m tests.fuzz.worker FORMAT FIRST_SEED SECONDS
+python -m tests.fuzz.worker FORMAT FIRST_SEED SECONDS
 """
 
 import dataclasses
