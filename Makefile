@@ -4,8 +4,11 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-all test-t5x lint format parity-setup t5x-setup precompile-setup clean
+.PHONY: help setup demo test test-all test-fuzz test-t5x lint format parity-setup t5x-setup precompile-setup clean
 .PHONY: table-single table-multilingual table-multitask table-ablations
+
+FUZZ_SECONDS ?= 300
+FUZZ_SEED ?= 0
 
 # Of the tables: SCALE is laptop, paper or paper-SIZE; the same command goes on after a stop.
 SCALE ?= laptop
@@ -29,11 +32,14 @@ demo: $(READY)  ## fine-tune SmolLM2-135M with LoRA and SiRA on real data and pr
 
 test: $(READY)  ## lint and the test suite (under 10 minutes on 2 cores)
 	@$(MAKE) --no-print-directory lint
-	@$(PY) -m pytest -n 2 -m "not slow and not parity"
+	@$(PY) -m pytest -n 2 -m "not slow and not parity and not fuzz"
 
 test-all: $(READY)  ## everything, the slow checks too; parity checks run where torch is installed
 	@$(MAKE) --no-print-directory lint
-	@$(PY) -m pytest -n 2
+	@$(PY) -m pytest -n 2 -m "not fuzz"
+
+test-fuzz: $(READY)  ## damage files of every format at random for FUZZ_SECONDS, and read them
+	@FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_SEED=$(FUZZ_SEED) $(PY) -m pytest -n 0 -m fuzz -s tests/fuzz
 
 parity-setup: $(READY)  ## install torch (CPU) and transformers, for the parity tests
 	$(PY) -m pip install --disable-pip-version-check -q -e '.[parity]'

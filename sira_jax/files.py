@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import io
 import os
 import stat
 import uuid
@@ -29,7 +28,7 @@ def open_binary(path: str | os.PathLike, buffering: int = -1) -> BinaryIO:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         if not stat.S_ISREG(mode):
             raise OSError(errno.EINVAL, "no regular file", path)
-        return io.open(descriptor, "rb", buffering=buffering)
+        return open(descriptor, "rb", buffering=buffering)
     except BaseException:
         os.close(descriptor)
         raise

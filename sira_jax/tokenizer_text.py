@@ -1,8 +1,9 @@
 """Making a tokenizer of a tokenizer.json; SentencePiece's table of characters is checked before a library walks through it.
 
 The tokenizers library follows the offsets in such a table (`precompiled_charsmap`) without a look at their range, and panics,
-which no handler of exceptions sees, where one leads outside. The table is, after 4 bytes with its length, a trie as a double array of 32-bit units, and then texts, each ended by
-a NUL, which the trie's values point into. Source: the sentencepiece and darts-clone libraries [O].
+which no handler of exceptions sees, where one leads outside. The table is, after 4 bytes with its length, a trie as a double
+array of 32-bit units, and then texts, each ended by a NUL, which the trie's values point into. Source: the sentencepiece and
+darts-clone libraries [O].
 """
 
 import base64

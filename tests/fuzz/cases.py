@@ -1,5 +1,6 @@
 """One case: a sound folder is damaged, read, and what happens is judged."""
 
+import contextlib
 import dataclasses
 import os
 import random
@@ -10,6 +11,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from sira_jax.errors import SiraError
@@ -179,9 +181,14 @@ def _peak() -> int:
         return peak if sys.platform == "darwin" else peak << 10
 
 
-def limit_memory(extra_bytes: int) -> None:
+@contextlib.contextmanager
+def limited_memory(extra_bytes: int) -> Iterator[None]:
     """Lets this process take only so much address space more than it has, so that a huge allocation fails at once."""
     with open("/proc/self/statm") as file:
         now = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (now + extra_bytes, hard))
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + extra_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)

@@ -115,6 +115,8 @@ def _gguf_fields(data: bytes) -> list[tuple[int, int]]:
 
     def number(width: int) -> int:
         nonlocal at
+        if at + width > len(data):
+            raise struct.error
         places.append((at, width))
         value = int.from_bytes(data[at : at + width], "little")
         at += width

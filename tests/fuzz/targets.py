@@ -6,7 +6,6 @@ import functools
 import io
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,18 +20,24 @@ import tasks
 from scripts import assemble, cli, sweep_plan
 from scripts.launch.config import make_launch
 from scripts.launch.targets import TARGETS as LAUNCHERS
+from sira_jax import json_text
 from sira_jax.adapters import METHODS
 from sira_jax.checkpoints import load_base_model, peft, read_base_model, t5x
 from sira_jax.checkpoints.adapter_file import abstract_adapter, load_adapter, save_adapter
+from sira_jax.checkpoints.gguf_header import read_header
 from sira_jax.checkpoints.t5_tokenizer import tokenizer_from_spiece
 from sira_jax.checkpoints.tokenizer import tokenizer_from_gguf
-from sira_jax.errors import ConfigError, DataError
+from sira_jax.errors import ConfigError
+from sira_jax.files import read_bytes
 from sira_jax.models import ModelConfig, make_model
 from sira_jax.training.config import make_experiment
 from sira_jax.training.train_state import abstract_params
-from tasks import bfcl
+from tasks.download import cache_root
+from tests import make_stories260k as make_stories
+from tests import stories260k
 from tests.adapters.test_every_method import make
 from tests.checkpoints import spiece, t5x_files
+from tests.fuzz import data_files
 from tests.gguf_models import tokenizer_fields, write_gguf
 from tests.hf_models import (
     LLAMA3_ROPE,
@@ -46,7 +51,6 @@ from tests.hf_models import (
 from tests.hf_t5_models import TINY_T5, TINY_T5S, t5_weights_by_rule
 from tests.integration.mistakes import fields
 from tests.scripts import flagged
-from tests.tasks import datasets
 from tests.tiny import decoder_config, decoder_params, draw
 from tests.tiny_t5 import t5_config
 
@@ -400,8 +404,9 @@ def make_sweep_file(folder: Path) -> None:
         json.dumps({"runs": runs, "config": "configs/experiments/starter.py:sira"})
     )
     (folder / "sweep.py").write_text(
-        "import json, pathlib\n"
-        "CONTENT = json.loads((pathlib.Path(__file__).parent / 'runs.json').read_text())\n"
+        "from pathlib import Path\n"
+        "from sira_jax import files, json_text\n"
+        "CONTENT = json_text.parse(files.read_bytes(Path(__file__).parent / 'runs.json'))\n"
         "CONFIG = CONTENT['config']\n"
         "def get_sweep():\n    return CONTENT['runs']\n"
     )
@@ -427,8 +432,8 @@ def make_launch_config(folder: Path) -> None:
 
 def load_launch_config(folder: Path) -> None:
     try:
-        content = json.loads((folder / "launch.json").read_text())
-    except (OSError, ValueError, RecursionError):
+        content = json_text.parse(read_bytes(folder / "launch.json"))
+    except (OSError, ValueError):
         return  # a launch config is a Python file: only the values are of interest
     if not isinstance(content, dict):
         return
@@ -457,8 +462,8 @@ def make_flags(folder: Path) -> None:
 def load_flags(folder: Path) -> None:
     """Parses as train.py does."""
     try:
-        arguments = json.loads((folder / "flags.json").read_text())
-    except (OSError, ValueError, RecursionError):
+        arguments = json_text.parse(read_bytes(folder / "flags.json"))
+    except (OSError, ValueError):
         return  # how the arguments are kept here is nothing of ours
     if not isinstance(arguments, list) or any(
         type(one) is not str or "\0" in one for one in arguments
@@ -480,94 +485,6 @@ def load_flags(folder: Path) -> None:
             raise
     finally:
         sys.argv = before
-
-
-# Data files.
-
-# Data set's folder -> task and split that read it.
-DATA: Mapping[str, tuple[str, str]] = {
-    "snips": ("snips", "train"),
-    "gsm8k": ("gsm8k", "train"),
-    "banking77": ("banking77", "train"),
-    "ner_bengali": ("bengali_ner", "train"),
-    "ner_masakhaner_x": ("xtreme_up_ner_sw", "test"),
-    "xtreme_up": ("xtreme_up_qa_in_lang_bn", "test"),
-    "xtreme_up_parsing": ("xtreme_up_semantic_parsing_sw", "test"),
-    "forumsum": ("forumsum", "test"),
-    "finqa": ("finqa", "test"),
-    "mtop_xsemplr": ("mtop_de", "test"),
-    "afriqa_goldp": ("afriqa_ha", "test"),
-    "dialogsum": ("dialogsum", "test"),
-    "bfcl": ("bfcl_simple", "train"),
-}
-
-
-def make_data(folder: Path) -> None:
-    """Each data set in a folder of its own, with the files that its task reads alone."""
-    everything = folder / "all"
-    datasets.write_all(everything)
-    _write_bfcl(everything / "bfcl")
-    for name, (task, split) in DATA.items():
-        source = name.removesuffix("_parsing")
-        for path in _read_by(everything, task, split):
-            copy = folder / name / path.relative_to(everything)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
-        assert (folder / name / source).is_dir(), name
-    shutil.rmtree(everything)
-
-
-def _read_by(root: Path, task: str, split: str) -> list[Path]:
-    """The files that a task reads, found by taking each away."""
-    read_task(root, task, split)
-    needed = []
-    for path in sorted(root.rglob("*")):
-        if path.is_file() and path.parts[len(root.parts)] in DATA:
-            away = path.with_name(f".{path.name}")
-            path.rename(away)
-            try:
-                read_task(root, task, split)
-            except DataError:
-                needed.append(path)
-            finally:
-                away.rename(path)
-    return needed
-
-
-def _write_bfcl(folder: Path) -> None:
-    rows, answers = [], []
-    for place in range(20):
-        types = {"a": "integer", "b": "array", "c": "dict"}
-        properties = {
-            "a": {"type": "integer", "description": "n", "default": 3},
-            "b": {"type": "array", "items": {"type": "string"}, "enum": ["x"]},
-            "c": {"type": "dict", "properties": {"k": {"type": "string"}}},
-        }
-        assert types.keys() == properties.keys()
-        schema = {"type": "dict", "properties": properties, "required": ["a"]}
-        function = {"name": f"f{place}", "description": "Does.", "parameters": schema}
-        messages = [{"role": "user", "content": f"Do {place}"}]
-        rows.append({"id": f"i{place}", "question": [messages], "function": [function]})
-        allowed = {"a": [place], "b": [["x", "y"], ""], "c": [{"k": ["v", ""]}, ""]}
-        answers.append({"id": f"i{place}", "ground_truth": [{f"f{place}": allowed}]})
-    for name in bfcl.FILES.values():
-        datasets.write_lines(folder / name, rows)
-        datasets.write_lines(folder / "possible_answer" / name, answers)
-
-
-def read_task(root: Path, name: str, split: str) -> None:
-    """Reads a task's files below a folder and scores the task's own targets, as evaluation does."""
-    os.environ["SIRA_DATA_DIR"] = str(root)
-    task = tasks.load_task(name, split, "bytes")
-    for example in task.examples:
-        assert all(isinstance(value, str) for value in example.values()), example
-    predictions = [example["targets"] for example in task.examples]
-    scores = tasks.evaluate(task.metrics, predictions, task.examples)
-    assert all(np.isfinite(list(scores.values()))), scores
-
-
-def load_data(folder: Path) -> None:
-    read_task(folder, *DATA[folder.name])
 
 
 def one(make: Callable[[Path], None]) -> Callable[[Path], None]:
@@ -605,5 +522,43 @@ TARGETS: Mapping[str, Target] = {
     "sweep_file": Target(one(make_sweep_file), load_sweep_file, names_file=False),
     "launch_config": Target(one(make_launch_config), load_launch_config, names_file=False),
     "flags": Target(make_flags, load_flags, names_file=False),
-    "data": Target(make_data, load_data),
+    "data": Target(data_files.make_data, data_files.load_data),
 }
+
+
+# True files, where they are.
+
+
+def make_stories260k(folder: Path) -> None:
+    make_stories.write(folder)
+
+
+def make_smollm2(folder: Path) -> None:
+    """The header alone; `load_smollm2` makes the file as long as it was."""
+    header = read_header(_smollm2())
+    start = min(tensor.offset for tensor in header.tensors.values())
+    with open(_smollm2(), "rb") as file:
+        (folder / "m.gguf").write_bytes(file.read(start))
+
+
+def _smollm2() -> str:
+    return str(cache_root() / "smollm2-135m" / "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def load_smollm2(folder: Path) -> None:
+    path = folder / "m.gguf"
+    if path.is_file() and not path.is_symlink():
+        os.truncate(path, os.path.getsize(_smollm2()))  # zeros, which take no room
+    use_tokenizer(read_base_model(path))
+
+
+def real_targets() -> dict[str, Target]:
+    """Those whose files are on this machine."""
+    found = {}
+    if stories260k.is_there():
+        found["stories260k"] = Target(one(make_stories260k), load_model)
+    if os.path.exists(_smollm2()):
+        found["smollm2"] = Target(one(make_smollm2), load_smollm2)
+    if data_files.real_folders():
+        found["real_data"] = Target(data_files.make_real_data, data_files.load_real_data)
+    return found
