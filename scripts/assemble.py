@@ -119,6 +119,7 @@ class Plan:
         self.template = tasks.make_template(
             data.template,
             chat_template=self.base.chat_template,
+            origin=self.base.source,
             bos_token=self._token_text(special.bos_id) if own else "",
             eos_token=self._token_text(self.vocabulary.eos_id),
         )

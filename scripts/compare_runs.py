@@ -129,7 +129,7 @@ def load_plan(workdir: Path) -> tuple[dict[str, Any], dict[str, list[RunSpec]]]:
             for method, runs in plan["runs"].items()
         }
         return plan["settings"], by_method
-    except (ConfigError, KeyError, TypeError, ValueError) as error:
+    except (ConfigError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: is damaged or of another version: {error}") from None
 
 

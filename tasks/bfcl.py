@@ -17,13 +17,14 @@ defined without the files; only loading needs them.
 
 import functools
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sira_jax import json_text
 from sira_jax.errors import DataError
+from sira_jax.files import read_bytes
 from tasks import specs
 from tasks.download import cache_root
 from tasks.function_calls import CallAnswers, canonical_call, matches
@@ -84,14 +85,21 @@ def find_data_dir(data_dir: str | os.PathLike | None = None) -> Path:
     return folder
 
 
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return read_bytes(path)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+
+
 def _read_json_lines(path: Path, fields: Mapping[str, type]) -> Iterator[tuple[int, dict]]:
     """Line numbers and objects. Raises DataError that names the file and every damaged line."""
     rows, damaged = [], []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(_read_bytes(path).splitlines(), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8"))
+            row = json_text.parse(line)
         except ValueError:
             damaged.append(number)
             continue
@@ -127,10 +135,10 @@ def read_file(path: Path) -> list[Record]:
             if row["id"] not in answers:
                 raise DataError(f"no answer for id {row['id']!r} in {answer_path.name}")
             record = _record(row, answers[row["id"]])
+            if matches(canonical_call(record.answers), record.answers):
+                records.append(record)
         except DataError as error:
             raise DataError(f"{path}, line {number}: {error}") from None
-        if matches(canonical_call(record.answers), record.answers):
-            records.append(record)
     return records
 
 

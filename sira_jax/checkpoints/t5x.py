@@ -8,6 +8,7 @@ axis of heads besides. Source: t5x/checkpoints.py and t5x/examples [O].
 """
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -35,6 +36,7 @@ _MSGPACK_ERRORS = (
     ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OverflowError, SyntaxError,
 )  # fmt: skip
 _MOST_LAYERS = 1000  # of a stack: absurd counts are not to be listed
+_LARGE_CHUNK = 1 << 20  # values: a chunk of up to so many may be larger than its array
 _MOST_NESTED = 100  # of mappings in one another
 _TYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -170,6 +172,7 @@ class T5XSource:
         place = os.path.join(self._folder, folder)
         if not os.path.exists(os.path.join(place, ".zarray")):
             raise ModelFileError(f"{place}: no such zarr array, which {self.path} names")
+        _check_files(place)
         try:
             array = tensorstore.open(
                 {"driver": "zarr", "kvstore": {"driver": "file", "path": place + "/"}},
@@ -180,6 +183,11 @@ class T5XSource:
         except ValueError as error:
             message = str(error).splitlines()[0]
             raise ModelFileError(f"{place}: cannot be opened ({message})") from None
+        chunk = array.chunk_layout.read_chunk.shape
+        if math.prod(chunk) > max(math.prod(array.shape), _LARGE_CHUNK):
+            raise ModelFileError(
+                f"{place}: has chunks of shape {tuple(chunk)}, larger than the array itself, {tuple(array.shape)}"
+            )
         metadata = spec.get("metadata")
         shape = metadata.get("shape") if isinstance(metadata, Mapping) else None
         if shape is not None and list(array.shape) != shape:
@@ -187,6 +195,17 @@ class T5XSource:
                 f"{place}: is of shape {tuple(array.shape)}, but {self.path} says {shape!r}"
             )
         return array
+
+
+def _check_files(place: str) -> None:
+    """Raises ModelFileError if what should be an array's chunks is no file: tensorstore waits at a pipe for ever."""
+    try:
+        with os.scandir(place) as entries:
+            other = [entry.name for entry in entries if not (entry.is_file() or entry.is_dir())]
+    except OSError as error:
+        raise ModelFileError(f"{place}: cannot be opened ({error.strerror})") from None
+    if other:
+        raise ModelFileError(f"{os.path.join(place, min(other))}: is no regular file")
 
 
 def find_checkpoint(path: str | os.PathLike) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
 import tasks
-from scripts import assemble, cli, sweep_plan
+from scripts import assemble, cli, run_results, sweep_plan, table_cells
 from scripts.launch.config import make_launch
 from scripts.launch.targets import TARGETS as LAUNCHERS
 from sira_jax import json_text
@@ -50,7 +50,7 @@ from tests.hf_models import (
 )
 from tests.hf_t5_models import TINY_T5, TINY_T5S, t5_weights_by_rule
 from tests.integration.mistakes import fields
-from tests.scripts import flagged
+from tests.scripts import flagged, synthetic_runs
 from tests.tiny import decoder_config, decoder_params, draw
 from tests.tiny_t5 import t5_config
 
@@ -101,7 +101,10 @@ def use_tokenizer(model: Any) -> None:
     vocabulary = assemble._make_vocabulary("model", model)
     vocabulary.decode(vocabulary.encode(TEXT))
     if model.chat_template is not None:
-        tasks.make_template("chat", chat_template=model.chat_template).render("x")
+        template = tasks.make_template(
+            "chat", chat_template=model.chat_template, origin=model.source
+        )
+        template.render("x")
 
 
 def load_model(path: Path, **options: Any) -> None:
@@ -394,6 +397,25 @@ def load_sweep_plan(folder: Path) -> None:
         run.failure()
 
 
+def make_results(folder: Path) -> None:
+    """A comparison's plan, and a run with all that the reports read."""
+    run = synthetic_runs.make_run(folder / "run", routers=True)
+    experiment = _experiment(evaluate={"split": "test"})
+    (run / "config.json").write_text(json.dumps({"config": experiment}))
+    path = run / "evaluation_test.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"experiment": experiment}))
+    (run / "checkpoints/20").mkdir(parents=True)
+    (run / "checkpoints/20/_").touch()
+    plan = {"settings": {"metric": "f1"}, "runs": {"sira": [[0, experiment]]}}
+    (folder / "plan.json").write_text(json.dumps(plan))
+
+
+def load_results(folder: Path) -> None:
+    run_results.read_runs({"one": folder / "run"})
+    trials = table_cells.find_trials([folder])
+    assert all(trial.run is not None or trial.reason for trial in trials)
+
+
 def make_sweep_file(folder: Path) -> None:
     """A sweep file whose runs are in a JSON file, so that they are changed as JSON is."""
     runs = [
@@ -520,6 +542,7 @@ TARGETS: Mapping[str, Target] = {
     "run_config": Target(make_run_configs, load_run_config, names_file=False),
     "sweep_plan": Target(one(make_sweep_plan), load_sweep_plan),
     "sweep_file": Target(one(make_sweep_file), load_sweep_file, names_file=False),
+    "results": Target(one(make_results), load_results),
     "launch_config": Target(one(make_launch_config), load_launch_config, names_file=False),
     "flags": Target(make_flags, load_flags, names_file=False),
     "data": Target(data_files.make_data, data_files.load_data),
