@@ -60,8 +60,8 @@ class Fields:
         value = default if value is None else value
         if value is None:
             raise ModelFileError(f"{self.path}: field {self.prefix}{field} is missing")
-        if type(value) is not int or value < least:
-            raise self.fail(field, f"a whole number over {least - 1}")
+        if type(value) is not int or not least <= value < 2**31:
+            raise self.fail(field, f"a whole number over {least - 1}, under 2**31")
         return value
 
     def number(self, field: str, default: float | None = None) -> float:
