@@ -24,8 +24,7 @@ from pathlib import Path
 
 from sira_jax import json_text
 from sira_jax.errors import DataError
-from sira_jax.files import read_bytes
-from tasks import specs
+from tasks import reading, specs
 from tasks.download import cache_root
 from tasks.function_calls import CallAnswers, canonical_call, matches
 
@@ -85,17 +84,10 @@ def find_data_dir(data_dir: str | os.PathLike | None = None) -> Path:
     return folder
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return read_bytes(path)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
-
-
 def _read_json_lines(path: Path, fields: Mapping[str, type]) -> Iterator[tuple[int, dict]]:
     """Line numbers and objects. Raises DataError that names the file and every damaged line."""
     rows, damaged = [], []
-    for number, line in enumerate(_read_bytes(path).splitlines(), start=1):
+    for number, line in enumerate(reading.read_bytes(path).splitlines(), start=1):
         if not line.strip():
             continue
         try:

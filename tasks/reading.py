@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from sira_jax import json_text
+from sira_jax import files, json_text
 from sira_jax.errors import DataError
-from sira_jax.files import read_bytes
 from tasks.download import cache_root
 from tasks.specs import Example
 
@@ -53,6 +52,14 @@ def data_file(folder: str, name: str, *, source: str | None = None) -> Path:
             " or set SIRA_DATA_DIR (--data_dir) to the folder that holds it"
         )
     return path
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file. Raises DataError where it cannot be read."""
+    try:
+        return files.read_bytes(path)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
 
 
 def max_damaged() -> float:
@@ -126,10 +133,7 @@ def read_text(path: Path, *, fallback: str | None = None) -> str:
 
     Raises DataError where it cannot be read.
     """
-    try:
-        data = read_bytes(path)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
+    data = read_bytes(path)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -149,11 +153,8 @@ def read_json_lines(path: Path, parse: Callable[[Mapping], Example | None]) -> l
             raise DataError(f"no JSON ({error})") from None
         return parse(_object(row))
 
-    try:
-        # Not splitlines: U+2028 and its like may stand inside a JSON text.
-        lines = read_bytes(path).split(b"\n")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
+    # Not splitlines: U+2028 and its like may stand inside a JSON text.
+    lines = read_bytes(path).split(b"\n")
     rows = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
     return parse_rows(path, rows, parse_line)
 
