@@ -44,7 +44,7 @@ class GGUFTensor:
       kind: how its values are quantised.
       offset: of its first byte, from the start of the file.
       end: the byte after its last one.
-      row_bytes: bytes of one row (of one element, if it is a vector that is not quantised).
+      row_bytes: bytes of one row (of one element, if it is a vector).
     """
 
     shape: tuple[int, ...]
@@ -136,11 +136,11 @@ class _Reader:
 
     def tensor(self, name: str, shape, kind: GGMLQuantizationType, offset: int) -> GGUFTensor:
         block, block_bytes = GGML_QUANT_SIZES[kind]
-        row = shape[-1] if len(shape) > 1 or block > 1 else 1
+        row = shape[-1] if len(shape) > 1 else 1
         if not shape or row % block:
             raise ModelFileError(
                 f"{self.path}: tensor {name} of shape {shape} cannot be of type {kind.name}: rows "
-                f"are blocks of {block}"
+                f"of matrices are blocks of {block}, vectors are not quantised"
             )
         end = offset + math.prod(shape) // block * block_bytes
         if end > self.size:

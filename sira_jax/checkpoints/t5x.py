@@ -191,8 +191,9 @@ class T5XSource:
         metadata = spec.get("metadata")
         shape = metadata.get("shape") if isinstance(metadata, Mapping) else None
         if shape is not None and list(array.shape) != shape:
+            said = tuple(shape) if isinstance(shape, list) else repr(shape)
             raise ModelFileError(
-                f"{place}: is of shape {tuple(array.shape)}, but {self.path} says {shape!r}"
+                f"{place}: is of shape {tuple(array.shape)}, but {self.path} says {said}"
             )
         return array
 

@@ -136,13 +136,14 @@ def _gguf_fields(data: bytes) -> list[tuple[int, int]]:
             text()
         elif kind == 9:
             item, count = number(4), number(8)
-            for index in range(count):
-                if item == 8:
+            if item == 8:
+                for _ in range(count):
                     text()
-                elif index < 4:
+            else:
+                first = min(count, 4)
+                for _ in range(first):
                     number(sizes[item])
-                else:
-                    at += sizes[item]
+                at += (count - first) * sizes[item]
         else:
             number(sizes[kind])
     for _ in range(num_tensors):

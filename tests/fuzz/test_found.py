@@ -272,6 +272,15 @@ def test_gguf_rope_positions(value, tmp_path):
     assert_mistake(ModelFileError, lambda: load_base_model(gguf), gguf)
 
 
+def test_gguf_vector_that_is_quantised(gguf):
+    data = gguf.read_bytes()
+    name = b"blk.0.attn_norm.weight"
+    at = data.index(name) + len(name)
+    # One axis, of 32 values, in blocks of 32.
+    gguf.write_bytes(data[: at + 4] + struct.pack("<QI", 32, 8) + data[at + 16 :])
+    assert_mistake(ModelFileError, lambda: load_base_model(gguf), gguf, "vectors are not quantised")
+
+
 # Tokenizers.
 
 
@@ -479,6 +488,21 @@ def test_lines_of_a_data_file(line, data):
     path = data / "gsm8k/gsm8k/train.jsonl"
     path.write_text(f"{line}\n" * 3)
     assert_mistake(DataError, lambda: data_files.load_data(data / "gsm8k"), path, "lines 1, 2, 3")
+
+
+def test_a_cell_without_end(data):
+    path = data / "banking77/banking77/train.csv"
+    path.write_text('text,category\na,b\n"' + "x" * 200_000)
+    assert_mistake(DataError, lambda: data_files.load_data(data / "banking77"), path, "field limit")
+
+
+@pytest.mark.parametrize("facts", [True, 3, "ab", {"a": 1}, [["a"]]])
+def test_facts_that_are_no_list(facts, data):
+    path = data / "finqa/finqa/test.json"
+    rows = json.loads(path.read_text())
+    rows[0]["qa"]["model_input"] = facts
+    path.write_text(json.dumps(rows))
+    assert_mistake(DataError, lambda: data_files.load_data(data / "finqa"), path, "model_input")
 
 
 def test_a_program_that_names_a_step_of_thousands_of_digits():
