@@ -249,7 +249,7 @@ def _read_router(path: Path) -> Router:
     for name in sorted(projections, key=_layer_order):
         _require(isinstance(projections[name], dict), f"{name}: it is no object")
         statistics = {
-            field: np.asarray(values, np.float64)
+            field: _numbers(f"{name}: {field}", values)
             for field, values in projections[name].items()
             if field in _ROUTER_RANKS
         }
@@ -270,6 +270,13 @@ def _read_router(path: Path) -> Router:
             _require(valid, f"{name}: {field} has the shape {values.shape}")
         found.append(Projection(name, statistics))
     return Router(tasks, tuple(found))
+
+
+def _numbers(name: str, values: Any) -> np.ndarray:
+    try:
+        return np.asarray(values, np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{name} is no array of numbers ({error})") from None
 
 
 def _layer_order(name: str) -> tuple[int, str]:

@@ -9,16 +9,19 @@ import msgpack
 import numpy as np
 import pytest
 from flax import serialization
+from ml_collections import ConfigDict
 
 import tasks
-from scripts import assemble, run_results, sweep_plan
+from scripts import assemble, cli, run_results, sweep_plan
 from scripts.launch.config import make_launch
+from scripts.launch.tpus import TpuConfig
 from sira_jax import json_text
 from sira_jax.adapters import make_config
 from sira_jax.checkpoints import load_base_model, read_base_model, t5x
 from sira_jax.checkpoints.safetensors import read_json
 from sira_jax.errors import (
     LONGEST_MESSAGE,
+    CheckpointError,
     ConfigError,
     DataError,
     ModelFileError,
@@ -31,6 +34,7 @@ from tasks.finqa_program import ProgramError, execute
 from tests.checkpoints import spiece
 from tests.fuzz import data_files, targets
 from tests.integration.mistakes import assert_mistake
+from tests.scripts import synthetic_runs
 
 DEEP = "[" * 100_000
 MANY_DIGITS = "9" * 5000
@@ -471,6 +475,36 @@ def test_results_that_are_nested_too_deeply(tmp_path):
     assert_mistake(
         DataError, lambda: run_results.read_runs({"a": tmp_path}), tmp_path / "router_test.json"
     )
+
+
+def test_statistics_that_are_no_numbers(tmp_path):
+    run = synthetic_runs.make_run(tmp_path / "run", routers=True)
+    report = json.loads((run / "router_test.json").read_text())
+    report["projections"]["mlp/down"]["gate_entropy"] = [{"a": 1}]
+    (run / "router_test.json").write_text(json.dumps(report))
+    named = (run / "router_test.json", "mlp/down: gate_entropy")
+    assert_mistake(DataError, lambda: run_results.read_runs({"a": run}), *named)
+
+
+@pytest.mark.parametrize("generation", [["v5e"], {}, None])
+def test_a_generation_of_a_launch_that_is_no_text(generation):
+    assert_mistake(ConfigError, lambda: TpuConfig(generation=generation), "tpu.generation")
+
+
+def test_a_flag_whose_field_has_odd_characters():
+    config = ConfigDict({"mesh": {"rules": ()}})
+    for argument in ("mesh.rules\x7f=()", "mesh.=1", "=3", "mesh.rules[0].x=3", "mesh rules=1"):
+        with pytest.raises(ConfigError, match=r"no such field|has no fields"):
+            cli._check_fields(config, [f"--config.{argument}"])
+    cli._check_fields(config, ["--config.mesh.rules[0]=1", "--config.mesh.rules=()"])
+
+
+@pytest.mark.parametrize("alpha", [10**400, 1e300, "8", True])
+def test_alpha_of_a_peft_adapter(alpha, tmp_path):
+    targets.make_peft(tmp_path)
+    edit(tmp_path / "dora/adapter_config.json", lora_alpha=alpha)
+    file = tmp_path / "dora/adapter_config.json"
+    assert_mistake_of_any_length(CheckpointError, lambda: targets.load_peft(file.parent), file)
 
 
 # Data files.
