@@ -8,6 +8,9 @@ READY := $(VENV)/.ready
 .PHONY: docs docs-serve notebooks notebooks-setup
 .PHONY: table-single table-multilingual table-multitask table-ablations
 
+FUZZ_SECONDS ?= 300
+FUZZ_SEED ?= 0
+
 # Of the tables: SCALE is laptop, paper or paper-SIZE; the same command goes on after a stop.
 SCALE ?= laptop
 WORKERS ?= 1
@@ -30,14 +33,17 @@ demo: $(READY)  ## fine-tune SmolLM2-135M with LoRA and SiRA on real data and pr
 
 test: $(READY)  ## lint and the test suite (under 10 minutes on 2 cores)
 	@$(MAKE) --no-print-directory lint
-	@$(PY) -m pytest -n 2 -m "not slow and not parity and not faults"
+	@$(PY) -m pytest -n 2 -m "not slow and not parity and not faults and not fuzz"
 
 test-all: notebooks-setup  ## everything, the slow checks and notebooks too; parity checks run where torch is installed
 	@$(MAKE) --no-print-directory lint
-	@$(PY) -m pytest -n 2 -m "not faults"
+	@$(PY) -m pytest -n 2 -m "not faults and not fuzz"
 
 test-faults: $(READY)  ## kill runs, fill disks, damage checkpoints: docs/reliability.md; FAULTS_ROUNDS=20 FAULTS_SEED=0
 	@$(PY) -m pytest -n 0 -v -m faults tests/faults
+
+test-fuzz: $(READY)  ## damage files of every format at random for FUZZ_SECONDS, and read them
+	@FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_SEED=$(FUZZ_SEED) $(PY) -m pytest -n 0 -m fuzz -s tests/fuzz
 
 parity-setup: $(READY)  ## install torch (CPU) and transformers, for the parity tests
 	$(PY) -m pip install --disable-pip-version-check -q -e '.[parity]'

@@ -7,7 +7,6 @@ adds ids of its own: bos and eos are the caller's to add.
 
 import abc
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import sentencepiece
 import tokenizers
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
 
+from sira_jax import json_text
 from sira_jax.errors import DataError
+from sira_jax.files import read_bytes
+from sira_jax.tokenizer_text import check_charsmap, make_tokenizer
 
 if TYPE_CHECKING:
     import seqio
@@ -115,6 +119,7 @@ class SentencePieceVocabulary(Vocabulary):
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         data = _read(self.path, "SentencePiece model")
+        _check_pieces(self.path, data)
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(data)
@@ -247,19 +252,27 @@ def _load_tokenizer(source: str | os.PathLike) -> tuple[str, tokenizers.Tokenize
         except UnicodeDecodeError:
             raise DataError(f"{name} is not a tokenizer: it is not UTF-8 text") from None
     try:
-        return text, tokenizers.Tokenizer.from_str(text)
-    except Exception as error:
-        # The library has no class of its own: it raises Exception itself for every bad file.
-        if type(error) is not Exception:
-            raise
+        return text, make_tokenizer(text)
+    except ValueError as error:
         raise DataError(f"{name} is not a tokenizer: {error}") from None
 
 
 def _read(path: Path, what: str) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path)
     except OSError as error:
         raise DataError(f"cannot read the {what} {path}: {error.strerror}") from None
+
+
+def _check_pieces(path: Path, data: bytes) -> None:
+    """Raises DataError for what the library would read without a look at its range."""
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(data)
+        if proto.normalizer_spec.precompiled_charsmap:
+            check_charsmap(proto.normalizer_spec.precompiled_charsmap)
+    except (DecodeError, ValueError) as error:
+        raise DataError(f"{path} is not a SentencePiece model ({error})") from None
 
 
 def _special_ids(path: Path, tokenizer: tokenizers.Tokenizer) -> dict[str, int]:
@@ -268,11 +281,11 @@ def _special_ids(path: Path, tokenizer: tokenizers.Tokenizer) -> dict[str, int]:
     if not config_path.is_file():
         return {}
     try:
-        config = json.loads(_read(config_path, "tokenizer config"))
+        config = json_text.parse(_read(config_path, "tokenizer config"))
         texts = {name: config.get(f"{name}_token") for name in ("eos", "bos", "unk", "pad")}
     except (ValueError, AttributeError):
         raise DataError(f"{config_path} is not a JSON object") from None
-    texts = {k: v["content"] if isinstance(v, dict) else v for k, v in texts.items()}
+    texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in texts.items()}
     ids = {f"{k}_id": tokenizer.token_to_id(v) for k, v in texts.items() if isinstance(v, str)}
     return {name: token_id for name, token_id in ids.items() if token_id is not None}
 

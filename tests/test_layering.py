@@ -12,10 +12,12 @@ from sira_jax.adapters import METHODS
 
 REPOSITORY = Path(__file__).parents[1]
 # What the modules of each package may import of sira_jax, besides their own package.
-GROUND = {"errors", "files", "placement", "quantized"}
+GROUND = {"errors", "files", "json_text", "placement", "quantized", "tokenizer_text"}
 ALLOWED = {
     "errors": set(),
     "files": {"errors"},
+    "json_text": set(),
+    "tokenizer_text": {"json_text"},
     "placement": set(),
     "quantized": {"errors"},
     "routing": GROUND,

@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 from sira_jax.errors import ModelFileError
+from sira_jax.tokenizer_text import check_charsmap
 
 SPIECE = "spiece.model"
 _UNIGRAM = 1  # of trainer_spec.model_type
@@ -49,6 +50,11 @@ def tokenizer_from_spiece(
         raise ModelFileError(
             f"{path}: is not supported: whitespace must be a prefix of pieces, written {_SPACE}"
         )
+    try:
+        if proto.normalizer_spec.precompiled_charsmap:
+            check_charsmap(proto.normalizer_spec.precompiled_charsmap)
+    except ValueError as error:
+        raise ModelFileError(f"{path}: precompiled_charsmap cannot be used: {error}") from None
     if extra_ids is None:
         has_them = any(piece.piece.endswith("<extra_id_0>") for piece in pieces)
         extra_ids = 0 if has_them or len(pieces) + 100 > vocab_size else 100

@@ -17,6 +17,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 CHOICES = {"dtype": DTYPES, "param_dtype": DTYPES, "remat_policy": REMAT_POLICIES}
 
 
+def check_size(field: str, value: object) -> None:
+    """Raises ConfigError unless `value` is a number that an axis of an array may have."""
+    is_size = is_whole_number(value) and 0 < value < 2**31
+    check(is_size, field, value, "a whole number over 0, under 2**31")
+
+
 def check_choices(config: Any, choices: Mapping[str, tuple[str, ...]]) -> None:
     """Raises ConfigError unless each of these fields is one of its choices."""
     for name, allowed in choices.items():
@@ -128,13 +134,7 @@ class DecoderConfig:
             "mlp_dim",
             "max_positions",
         ):
-            value = getattr(self, name)
-            check(
-                is_whole_number(value) and value > 0,
-                f"model.{name}",
-                value,
-                "a whole number over 0",
-            )
+            check_size(f"model.{name}", getattr(self, name))
         check(
             self.num_heads % self.num_kv_heads == 0,
             "model.num_kv_heads",
