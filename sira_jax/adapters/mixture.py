@@ -208,7 +208,7 @@ def route_and_project(
     drops = config.dropout_rate > 0 and not context.deterministic
     if drops:
         dropped_BTD = nn.Dropout(config.dropout_rate)(x_BTD, deterministic=False)
-    if x_BTD.dtype == jnp.float32 and not drops:
+    if routing.can_join(x_BTD.dtype) and not drops:
         hidden_BTM, logits_BTE = routing.project_with_router(x_BTD, weights_DM, router_DE)
     else:
         hidden_BTM = routing.project(dropped_BTD, weights_DM.astype(x_BTD.dtype))
