@@ -38,15 +38,11 @@ test-all: $(READY)  ## everything, the slow checks too; parity checks run where 
 parity-setup: $(READY)  ## install torch (CPU) and transformers, for the parity tests
 	$(PY) -m pip install --disable-pip-version-check -q -e '.[parity]'
 
-# Beside the environment and not in it: with libtpu among its packages, every program would look for TPUs first.
-precompile-setup: $(READY)  ## fetch libtpu into .libtpu, for scripts/precompile.py (the version that jax[tpu] names)
-	$(PY) -m pip install --disable-pip-version-check -q --no-deps --upgrade --target .libtpu 'libtpu==0.0.42.*'
-
 t5x-setup: $(READY)  ## install what T5X imports from PyPI; T5X itself is not there, see docs/t5x.md
 	$(PY) -m pip install --disable-pip-version-check -q -e '.[t5x]'
 
 test-t5x: t5x-setup  ## the tests with T5X: T5X_PATH= and AIRIO_PATH= are clones
-	@PYTHONPATH="$(abspath $(T5X_PATH)):$(abspath $(AIRIO_PATH)):$$PYTHONPATH" $(PY) -m pytest -n 1 tests/t5x
+	@REQUIRE_T5X=1 PYTHONPATH="$(abspath $(T5X_PATH)):$(abspath $(AIRIO_PATH)):$$PYTHONPATH" $(PY) -m pytest -n 1 tests/t5x
 
 table-single: $(READY)  ## a method on one task, all cells and seeds: docs/experiments.md has the times
 	@$(call make_table,single)
@@ -67,6 +63,10 @@ define make_table
 	status=$$?; [ $$status -le 1 ] || exit $$status; \
 	$(PY) scripts/make_tables.py --kind=$(1) --runs=$(TABLES)/$(1) --out=$(TABLES)/$(1)/report && exit $$status
 endef
+
+# Beside the environment and not in it: with libtpu among its packages, every program would look for TPUs first.
+precompile-setup: $(READY)  ## fetch libtpu into .libtpu, for scripts/precompile.py (the version that jax[tpu] names)
+	$(PY) -m pip install --disable-pip-version-check -q --no-deps --upgrade --target .libtpu 'libtpu==0.0.42.*'
 
 lint: $(READY)  ## ruff check and ruff format --check
 	@$(VENV)/bin/ruff check .

@@ -5,7 +5,8 @@
 
 Reads the run's own tasks and split. Specialisation is the mutual information between a token's expert and its task, its
 language, its kind (number, punctuation, ...), and the token itself; chance is what the same tokens give with the labels dealt
-out anew, a task's among whole examples, a kind's among tokens. Routers never see a task's name.
+out anew, a task's among whole examples, a kind's among tokens. The routers before training are measured too: random ones tell
+tokens apart as well. Routers never see a task's name.
 Writes analysis.md, analysis.html with the figures, and analysis.json; docs/experiments.md says more.
 """
 
@@ -36,7 +37,7 @@ from sira_jax.errors import ConfigError
 from sira_jax.files import write_atomically
 from sira_jax.models import Model
 from sira_jax.training.evaluate import router_report
-from sira_jax.training.train_state import merge_params, split_params
+from sira_jax.training.train_state import init_adapter, merge_params, split_params
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best, latest or a step.")
@@ -99,10 +100,13 @@ def analyze(
     )
     step_fn = jax.jit(functools.partial(_routers, model))
 
-    def measure(labelled: Sequence[router_labels.Batch]) -> Statistics:
+    # The routers as this run's seed drew them: what they have learned is what they tell besides.
+    fresh = init_adapter(model, plan.experiment.train.seed)
+
+    def measure(labelled: Sequence[router_labels.Batch], params: Any = adapter) -> Statistics:
         sown = None
         for batch in labelled:
-            new = jax.device_get(step_fn(adapter, frozen, batch))
+            new = jax.device_get(step_fn(params, frozen, batch))
             sown = new if sown is None else jax.tree.map(np.add, sown, new)
         report = router_report(sown or {}, range(count))
         if not report:
@@ -128,11 +132,12 @@ def analyze(
         shuffled = [
             measure(router_labels.shuffle_examples(batches, s)) for s in range(SHUFFLES.value)
         ]
-        found["task"] = told(tasks, shuffled)
+        untrained = measure(batches, fresh)
+        found["task"] = told(tasks, shuffled, untrained)
         languages = group_languages(names)
         groups = [[names.index(t) for t in members] for members in languages.values()]
         if len(groups) > 1:
-            found["language"] = told(tasks, shuffled, groups)
+            found["language"] = told(tasks, shuffled, untrained, groups)
     kinds = _only(measure(by_kind), per_token)
     tokens = _only(measure(by_token), per_token)
     if per_token:
@@ -144,7 +149,7 @@ def analyze(
                 _only(measure(router_labels.shuffle_tokens(labelled, s)), per_token)
                 for s in range(SHUFFLES.value)
             ]
-            found[name] = told(real, shuffled)
+            found[name] = told(real, shuffled, _only(measure(labelled, fresh), per_token))
     run = _as_run(workdir, split, names, tasks)
     pngs = _draw(run, found)
     tops = _top_routers(found["token"]) if per_token else []
@@ -277,9 +282,11 @@ def _sentence(name: str, value: Told) -> str:
     above, all_of_them = value.above
     return (
         f"The expert tells {value.mean:.4f} nats of the {name} ({100 * value.mean / max(value.bound, 1e-12):.1f}% of the"
-        f" {value.bound:.3f} there are, {value.labels} labels); by chance {value.chance_N.mean():.4f}."
+        f" {value.bound:.3f} there are, {value.labels} labels); by chance"
+        f" {value.chance_N.mean():.4f}, before training {value.before:.4f}."
         f" {above} of {all_of_them} routers tell more than in each of {len(value.chance_N)} shufflings"
-        f" (all together: p = {value.p:.2g}, the least possible is {1 / (1 + len(value.chance_N)):.2g})."
+        f" (all together: p = {value.p:.2g}, the least possible is {1 / (1 + len(value.chance_N)):.2g}),"
+        f" {value.risen} more than before training."
     )
 
 
@@ -291,7 +298,7 @@ def _sections(
     favourites: Sequence[tuple[str, Table]],
 ) -> list[Section]:
     captions = {
-        "information.png": "Lines: what a token's expert tells of its label. Bands: the range of the shufflings.",
+        "information.png": "What a token's expert tells of its label. Dashed: before training. Bands: shufflings.",
         "training.png": "Means over all routers of the batches since the point before.",
         "gate_entropy.png": "Left: the lower, the surer the routers. Right: what capacity turned away.",
         "expert_load.png": "Orange: an expert gets more than an even load; violet: less.",
@@ -318,6 +325,8 @@ def _plain(found: Mapping[str, Told], run: Run) -> dict[str, Any]:
                 "mean_nats": value.mean,
                 "chance_nats": value.chance_N.tolist(),
                 "p": value.p,
+                "before_training_nats": value.before,
+                "by_layer_before_training": {p: x_L.tolist() for p, x_L in value.fresh_L.items()},
                 "by_layer": {p: x_L.tolist() for p, x_L in value.real_L.items()},
                 "by_layer_shuffled": {p: x.tolist() for p, x in value.shuffled_NL.items()},
             }

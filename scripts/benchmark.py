@@ -23,6 +23,7 @@ from scripts.benchmark_layer import (
 )
 from scripts.benchmark_step import method_adapters, run_step_benchmark, step_adapters
 from scripts.cli import run_main
+from scripts.table import format_rows
 from sira_jax.adapters import METHODS, AdapterConfig
 from sira_jax.errors import check
 from sira_jax.models import DecoderConfig
@@ -126,21 +127,6 @@ def _step(adapters: dict[str, AdapterConfig]) -> list[dict]:
         repeats=REPEATS.value,
         log=print,
     )
-
-
-def format_rows(rows: list[dict]) -> str:
-    """The rows as an aligned table."""
-    columns = list(rows[0])
-
-    def text(value) -> str:
-        if isinstance(value, float):
-            return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
-        return "" if value is None else str(value)
-
-    cells = [columns, *([text(row[column]) for column in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = ["  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in cells]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

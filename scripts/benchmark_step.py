@@ -96,18 +96,12 @@ def run_step_benchmark(
       to the LoRA of the same trained rank, where there is one.
     """
     names = list(adapters)
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch_size, length + 1))
-    batch = {
-        "decoder_input_tokens": jnp.asarray(tokens[:, :-1], jnp.int32),
-        "decoder_target_tokens": jnp.asarray(tokens[:, 1:], jnp.int32),
-        "decoder_loss_weights": jnp.ones((batch_size, length), jnp.float32),
-        "decoder_segment_ids": jnp.ones((batch_size, length), jnp.int32),
-    }
+    batch = random_batch(config.vocab_size, batch_size, length)
     variables = make_model(config).init(jax.random.key(0), batch)
     frozen = nn.unbox(variables["params"])
     steps = {}
     for name in names:
-        steps[name] = _make_step(config, adapters[name], split_params(frozen)[1], batch)
+        steps[name] = make_timed_step(config, adapters[name], split_params(frozen)[1], batch)
         if log:
             log(f"{name} compiled")
     seconds = take_turns(steps, repeats)
@@ -135,9 +129,21 @@ def run_step_benchmark(
     return rows
 
 
-def _make_step(
+def random_batch(vocab_size: int, batch_size: int, length: int) -> dict[str, jax.Array]:
+    """Rows of random tokens (B, T), every position a target."""
+    tokens = np.random.default_rng(0).integers(0, vocab_size, (batch_size, length + 1))
+    return {
+        "decoder_input_tokens": jnp.asarray(tokens[:, :-1], jnp.int32),
+        "decoder_target_tokens": jnp.asarray(tokens[:, 1:], jnp.int32),
+        "decoder_loss_weights": jnp.ones((batch_size, length), jnp.float32),
+        "decoder_segment_ids": jnp.ones((batch_size, length), jnp.int32),
+    }
+
+
+def make_timed_step(
     config: DecoderConfig, adapter: AdapterConfig, frozen: Any, batch: Mapping[str, jax.Array]
 ) -> TimedStep:
+    """The AdamW step of a fresh adapter, compiled; see `run_step_benchmark`."""
     model = make_model(config, adapter)
     optimizer_config = OptimizerConfig()
     optimizer = make_optimizer(optimizer_config, _NUM_STEPS)

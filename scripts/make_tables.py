@@ -186,7 +186,7 @@ def _tables(trials: Sequence[Trial], kind: str) -> list[_Made]:
 
         grids = []
         for unit, better, measure in (
-            ("score, %", "higher", score_by(kind)),
+            ("score, 0 to 100", "higher", score_by(kind)),
             ("loss, nats a target token", "lower", loss_by(kind)),
         ):
             grid = make_grid(name, unit, better, members, row_of, column_of, measure)
@@ -235,7 +235,7 @@ def _ablations(trials: Sequence[Trial], vary: Sequence[str]) -> list[_Made]:
                     measure,
                 )
                 for unit, better, measure in (
-                    ("score, %", "higher", score_by("multitask")),
+                    ("score, 0 to 100", "higher", score_by("multitask")),
                     ("loss, nats a target token", "lower", loss_by("single")),
                 )
             ]

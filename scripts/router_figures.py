@@ -16,14 +16,14 @@ _MAX_TASKS = 12
 
 def training(run: Run) -> bytes | None:
     """Gate entropy, drops and the effective number of experts over training; None where the run logged none."""
-    steps, entropies = run.curve("router/gate_entropy")
+    steps, entropies = run.curve("train/router/gate_entropy")
     if not steps:
         return None
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13, 3.8), layout="constrained")
         left, middle, right = figure.subplots(1, 3)
         tasks = sorted(
-            {n for line in run.metrics for n in line if n.startswith("router/gate_entropy/")}
+            {n for line in run.metrics for n in line if n.startswith("train/router/gate_entropy/")}
         )
         for i, name in enumerate(tasks[:_MAX_TASKS]):
             color = PALETTE[i % len(PALETTE)]
@@ -34,7 +34,7 @@ def training(run: Run) -> bytes | None:
         left.set(title="Gate entropy, mean over routers", ylabel="nats")
         if len(left.lines) > 1:
             left.legend(fontsize=6.5)
-        steps, shares = run.curve("router/dropped_share")
+        steps, shares = run.curve("train/router/dropped_share")
         middle.plot(steps, [100 * share for share in shares], color=PALETTE[0])
         middle.set(title="Pairs that capacity turned away", ylabel="%", ylim=(0, None))
         points = [(line["step"], effective_experts(line)) for line in run.metrics]
@@ -50,7 +50,9 @@ def training(run: Run) -> bytes | None:
 
 def effective_experts(line: Mapping[str, float | None]) -> float | None:
     """exp of the entropy of the load over an expert's number in a line of metrics.jsonl; None where it has none."""
-    load = [v for n, v in line.items() if n.startswith("router/expert_load/") and v is not None]
+    load = [
+        v for n, v in line.items() if n.startswith("train/router/expert_load/") and v is not None
+    ]
     if not load or sum(load) <= 0:
         return None
     share = np.array(load) / sum(load)
@@ -59,7 +61,8 @@ def effective_experts(line: Mapping[str, float | None]) -> float | None:
 
 
 def information_by_layer(found: Mapping[str, Told]) -> bytes:
-    """For each labelling the information in each layer, a line a projection, over the range of its shufflings."""
+    """For each labelling the information in each layer, a line a projection, with its
+    shufflings' range and what it was before training."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6 * len(found), 4.2), layout="constrained")
         grid = figure.subplots(1, len(found), squeeze=False)[0]
@@ -67,6 +70,7 @@ def information_by_layer(found: Mapping[str, Told]) -> bytes:
             for i, (projection, real_L) in enumerate(told.real_L.items()):
                 color = PALETTE[i % len(PALETTE)]
                 axes.plot(real_L, color=color, marker=".", label=projection)
+                axes.plot(told.fresh_L[projection], color=color, linestyle="--", linewidth=0.8)
                 chance_NL = told.shuffled_NL[projection]
                 layers = range(len(real_L))
                 axes.fill_between(
@@ -77,7 +81,7 @@ def information_by_layer(found: Mapping[str, Told]) -> bytes:
             )
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         grid[0].set_ylabel("information about it, nats")
-        handles = {line.get_label(): line for axes in grid for line in axes.lines}
+        handles = {line.get_label(): line for axes in grid for line in axes.lines[::2]}
         figure.legend(handles=[*handles.values()], loc="outside lower center", ncols=7, fontsize=7)
         return to_png(figure)
 

@@ -41,17 +41,29 @@ class Told:
       bound: entropy of the labels, nats: more cannot be told.
       real_L: projection -> information in each layer, nats.
       shuffled_NL: projection -> the same for each shuffling, (N, L).
+      fresh_L: projection -> the same of the routers before training, which tell of whatever their random weights tell apart.
     """
 
     labels: int
     bound: float
     real_L: Mapping[str, np.ndarray]
     shuffled_NL: Mapping[str, np.ndarray]
+    fresh_L: Mapping[str, np.ndarray]
 
     @property
     def mean(self) -> float:
         """Over all routers."""
         return float(np.mean(np.concatenate([*self.real_L.values()])))
+
+    @property
+    def before(self) -> float:
+        """The same before training."""
+        return float(np.mean(np.concatenate([*self.fresh_L.values()])))
+
+    @property
+    def risen(self) -> int:
+        """Routers that tell more than before training."""
+        return sum(int(np.sum(self.real_L[name] > self.fresh_L[name])) for name in self.real_L)
 
     @property
     def chance_N(self) -> np.ndarray:
@@ -73,6 +85,7 @@ class Told:
 def told(
     real: Mapping[str, Mapping[str, np.ndarray]],
     shuffled: Sequence[Mapping[str, Mapping[str, np.ndarray]]],
+    fresh: Mapping[str, Mapping[str, np.ndarray]],
     groups: Sequence[Sequence[int]] | None = None,
 ) -> Told:
     """Sums the labels into groups, and takes the information of every router.
@@ -80,6 +93,7 @@ def told(
     Args:
       real: projection -> task_expert_load (L, Z, E) and task_tokens (L, Z), as `router_report` has them.
       shuffled: the same for each shuffling.
+      fresh: the same before training.
       groups: labels of each group; None for each label alone. Labels in no group are left out.
     """
 
@@ -93,6 +107,7 @@ def told(
         bound=entropy(weight_Z),
         real_L={name: of(statistics) for name, statistics in real.items()},
         shuffled_NL={name: np.stack([of(report[name]) for report in shuffled]) for name in real},
+        fresh_L={name: of(fresh[name]) for name in real},
     )
 
 

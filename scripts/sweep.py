@@ -121,7 +121,9 @@ def run_queue(runs: Sequence[SweepRun], workdir: Path, workers: int) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    return next((status for status in statuses if status not in (0, FAILED)), max(statuses))
+    # A worker that ends before the others finds their runs not done yet: only the end counts.
+    wrong = [status for status in statuses if status not in (0, FAILED)]
+    return wrong[0] if wrong else _status(runs)
 
 
 def _work(runs: Sequence[SweepRun], workdir: Path, queue: str) -> int:
@@ -129,6 +131,10 @@ def _work(runs: Sequence[SweepRun], workdir: Path, queue: str) -> int:
         work(runs, workdir, queue)
     except Stopped:
         return STOPPED
+    return _status(runs)
+
+
+def _status(runs: Sequence[SweepRun]) -> int:
     return 0 if all(run.is_done() for run in runs) else FAILED
 
 

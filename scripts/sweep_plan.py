@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PLAN_FILE = "sweep.json"
 # Keys of a run that are no field of the experiment.
 CONFIG_KEY, NAME_KEY = "config", "name"
-_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,-]*")
+_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +231,7 @@ def _make_run(
     parts = name.split("/") if isinstance(name, str) else [""]
     if not all(_PART.fullmatch(part) for part in parts):
         raise ConfigError(
-            f"{what}: {NAME_KEY}={name!r} is not allowed: letters, digits and . _ + = , - in parts"
+            f"{what}: {NAME_KEY}={name!r} is not allowed: letters, digits and . _ + = - in parts"
             " that begin with a letter or digit, joined by /"
         )
     path, colon, argument = config.partition(":")

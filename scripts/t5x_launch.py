@@ -4,6 +4,7 @@ Flags are T5X's: --gin_file=FILE (any number; later ones override), --gin.NAME=V
 Files are looked for in the working directory, in configs/gin and beside T5X.
 """
 
+import importlib
 import logging
 import os
 import re
@@ -57,6 +58,7 @@ def prepare() -> None:
 
     # gin reports each place where it looks for a file and does not find it as an error.
     logging.getLogger().addFilter(lambda record: record.module != "resource_reader")
+    _tolerate_plain_folders()
     parse = gin_utils.parse_gin_flags
 
     def parse_gin_flags(search_paths, files, bindings, **options):
@@ -64,6 +66,25 @@ def prepare() -> None:
         read_gin(lambda: parse(paths, files or [], bindings, **options), files)
 
     gin_utils.parse_gin_flags = parse_gin_flags
+
+
+def _tolerate_plain_folders() -> None:
+    """Lets gin pass over folders here that have the name of one of its own, such as a `runs/` with results.
+
+    Python takes such a folder for a package without a file, and gin looks for that file.
+    """
+    readers = importlib.import_module("gin.config")._FILE_READERS
+
+    def tolerant(is_readable: Callable[[str], bool]) -> Callable[[str], bool]:
+        def check(path: str) -> bool:
+            try:
+                return is_readable(path)
+            except TypeError:
+                return False
+
+        return check
+
+    readers[:] = [(reader, tolerant(is_readable)) for reader, is_readable in readers]
 
 
 def read_gin(parse: Callable[[], None], files: list[str] | None) -> None:

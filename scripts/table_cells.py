@@ -207,10 +207,7 @@ def score_by(kind: str) -> Measure:
     def measure(run: Run) -> Mapping[str, float]:
         if run.evaluation is None:
             return {}
-        found = {
-            name: _score(run, tasks)
-            for name, tasks in {**_parts(kind, run.tasks), MEAN: run.tasks}.items()
-        }
+        found = {name: _score(run, tasks) for name, tasks in _cut(kind, run.tasks).items()}
         return {name: value for name, value in found.items() if value is not None}
 
     return measure
@@ -221,14 +218,22 @@ def loss_by(kind: str) -> Measure:
 
     def measure(run: Run) -> Mapping[str, float]:
         losses = (run.evaluation or {"losses": {}})["losses"]
-        found = {MEAN: losses.get(f"{run.split}/loss")}
-        for name, tasks in _parts(kind, run.tasks).items():
-            values = [losses.get(f"{run.split}/loss/{task}") for task in tasks]
-            if None not in values:
-                found[name] = sum(values) / len(values)
+        found = {}
+        for name, tasks in _cut(kind, run.tasks).items():
+            # The loss of all tasks has a name of its own, and with one task that is the only one.
+            whole = [f"{run.split}/loss"] if len(tasks) == len(run.tasks) else []
+            values = [losses.get(n) for n in whole or [f"{run.split}/loss/{t}" for t in tasks]]
+            found[name] = None if None in values else sum(values) / len(values)
         return {n: v for n, v in found.items() if v is not None and math.isfinite(v)}
 
     return measure
+
+
+def _cut(kind: str, tasks: Sequence[str]) -> Mapping[str, Sequence[str]]:
+    """The parts of a run's tasks, and all of them under MEAN where no part is that already."""
+    parts = _parts(kind, tasks)
+    whole = any(len(part) == len(tasks) for part in parts.values())
+    return parts if whole else {**parts, MEAN: tasks}
 
 
 def _parts(kind: str, tasks: Sequence[str]) -> Mapping[str, list[str]]:

@@ -127,7 +127,11 @@ def ablation(grids: Mapping[str, Grid], field: str, values: Mapping[str, object]
             axes.set(title=column, xlabel=field.rpartition(".")[2].replace("_", " "))
             axes.set_ylabel(f"{first.split} {first.unit}")
             if not numeric:
-                axes.set_xticks(range(len(ordered)), [show_value(v) for v in ordered], rotation=15)
+                axes.set_xticks(
+                    range(len(ordered)),
+                    [str(v).replace(" + ", "\n+ ") for v in ordered],
+                    fontsize=7.5,
+                )
             elif min(ordered) > 0 and max(ordered) / min(ordered) >= 4:
                 axes.set_xscale("log", base=2)
                 axes.set_xticks(ordered, [show_value(v) for v in ordered])

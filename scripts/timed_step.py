@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
@@ -23,6 +23,8 @@ class TimedStep:
     Attributes:
       scratch_bytes: what the compiled step needs besides its arguments and results; None where the backend does not tell.
       state_bytes: of adapter and optimizer.
+      cpu_seconds: of all threads of the process, for each step taken.
+      first_metrics: of the first step; None before it.
     """
 
     def __init__(self, step: Any, state: TrainState, frozen: Any, batch: Mapping[str, jax.Array]):
@@ -30,18 +32,30 @@ class TimedStep:
         self._state, self._frozen, self._batch = state, frozen, batch
         memory = self._step.memory_analysis()
         self.scratch_bytes = None if memory is None else memory.temp_size_in_bytes
+        self.cpu_seconds: list[float] = []
+        self.first_metrics: dict[str, Any] | None = None
         self.state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
     def run(self) -> float:
         """Takes one step and returns its seconds."""
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         self._state, metrics = self._step(self._state, self._frozen, self._batch)
         jax.block_until_ready((self._state, metrics))
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.cpu_seconds.append(time.process_time() - cpu_start)
+        self.first_metrics = self.first_metrics or metrics
+        return seconds
 
 
-def take_turns(steps: Mapping[str, TimedStep], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step in each round, after two rounds in which they settle."""
+class Side(Protocol):
+    """What can take a turn."""
+
+    def run(self) -> float:
+        """Does its work once and returns the seconds."""
+
+
+def take_turns(steps: Mapping[str, Side], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each side in each round, after two rounds in which they settle."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for round_index in range(_WARM_UP + rounds):
         for name, step in steps.items():

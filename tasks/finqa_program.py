@@ -185,7 +185,7 @@ def equal_programs(prediction: str, target: str) -> bool:
     As upstream, every number is a symbol named by its text, and a prediction may use no symbol the target has not. Upstream
     asks a computer algebra system; here both formulas are evaluated at one pseudo-random point of a large prime field, where
     different rational functions agree only by a negligible chance. Powers are equal where base and exponent are, so that rules
-    such as x^a x^b = x^(a+b) are not seen.
+    such as x^a x^b = x^(a+b) are not seen, nor that x > x never holds.
     """
     try:
         steps, wanted = parse_program(prediction), parse_program(target)

@@ -83,7 +83,7 @@ def _laptop(config: ConfigDict) -> None:
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 10
     config.evaluate.loss_examples_per_task = 4
-    config.evaluate.examples_per_task = 16
+    config.evaluate.examples_per_task = 32
     config.decode.max_new_tokens = 64
 
 

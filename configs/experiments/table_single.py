@@ -28,4 +28,7 @@ TASKS = {
 def get_config(cell: str = "laptop/cldr_date_sw/sira") -> ConfigDict:
     """The experiment of a cell; TASK may be any task."""
     scale, task, method = cells.split_cell(cell, 3, "SCALE/TASK/METHOD")
-    return cells.experiment(scale, (task,), method)
+    config = cells.experiment(scale, (task,), method)
+    if cells.family(scale) == cells.LAPTOP:
+        config.evaluate.examples_per_task = 96  # Of one task alone.
+    return config

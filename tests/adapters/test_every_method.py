@@ -90,7 +90,7 @@ def logits(model, params, batch):
 
 
 # Every method compiles programs of its own; those whose own files start and train them anyway run here under `make test-all`.
-HERE = ("lora", "sira", "molora", "malora", "melora", "reslora", "xgblora")
+HERE = ("lora", "sira", "reslora", "xgblora")
 methods = pytest.mark.parametrize(
     "method", [m if m in HERE else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
 )

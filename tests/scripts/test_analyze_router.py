@@ -10,7 +10,7 @@ from scripts import assemble, router_figures, router_labels
 from scripts.router_information import entropy, grouped, information, told
 from scripts.run_results import read_run
 from sira_jax.errors import ConfigError
-from sira_jax.training.train_state import split_params
+from sira_jax.training.train_state import init_adapter, split_params
 from tests.scripts.adapter_runs import TASKS, make_runner, make_runs
 
 
@@ -138,7 +138,7 @@ def test_what_is_told_is_held_against_chance():
     # Labels 0 and 1 share an expert, which groups cannot tell from one.
     real = statistics([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     blurred = statistics([[0.6, 0.4], [0.5, 0.5], [0.5, 0.5]])
-    found = told(real, [blurred, real, blurred])
+    found = told(real, [blurred, real, blurred], blurred)
     share = 1 / 3
     split = -(share * math.log(share) + (1 - share) * math.log(1 - share))
     np.testing.assert_allclose(found.real_L["q"], [split, 0.0], atol=1e-12)
@@ -147,9 +147,13 @@ def test_what_is_told_is_held_against_chance():
     # One of three shufflings is as good as the real labels, which count themselves.
     assert found.p == 2 / 4
     assert found.above == (0, 2)
-    assert told(real, [blurred, blurred]).above == (1, 2)
-    assert told(real, [blurred]).p == 1 / 2
-    both = told(real, [blurred], groups=[[0, 1], [2]])
+    assert told(real, [blurred, blurred], real).above == (1, 2)
+    assert told(real, [blurred], real).p == 1 / 2
+    assert found.risen == 1
+    assert found.before < found.mean / 10
+    assert told(real, [blurred], real).risen == 0
+    assert told(real, [blurred], real).before == pytest.approx(found.mean)
+    both = told(real, [blurred], blurred, groups=[[0, 1], [2]])
     assert both.labels == 2
     assert both.bound == pytest.approx(split)
     np.testing.assert_allclose(both.real_L["q"], [split, 0.0], atol=1e-12)
@@ -159,7 +163,7 @@ def test_what_is_told_is_held_against_chance():
 
 
 def test_effective_experts():
-    line = {f"router/expert_load/{i:03}": load for i, load in enumerate((0.5, 0.5, 0.0))}
+    line = {f"train/router/expert_load/{i:03}": load for i, load in enumerate((0.5, 0.5, 0.0))}
     assert router_figures.effective_experts({"step": 1, **line}) == pytest.approx(2.0)
     assert router_figures.effective_experts({"step": 1, "train/loss": 2.0}) is None
 
@@ -171,7 +175,8 @@ def runs(tmp_path_factory):
 
 def test_a_whole_analysis(runs, tmp_path, monkeypatch, capsys):
     lines = [
-        {"step": s, "router/gate_entropy": 1.0 / s, "router/dropped_share": 0.1} for s in (1, 2)
+        {"step": s, "train/router/gate_entropy": 1.0 / s, "train/router/dropped_share": 0.1}
+        for s in (1, 2)
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (runs / "sira" / "metrics.jsonl").write_text(text)
@@ -208,6 +213,14 @@ def test_a_whole_analysis(runs, tmp_path, monkeypatch, capsys):
         both = zip(expected["task_expert_load"], expected["task_tokens"], strict=True)
         loads = [information(np.array(load), np.array(weight)) for load, weight in both]
         assert told_of["task"]["by_layer"][projection] == pytest.approx(loads, abs=1e-6)
+    # Before training the routers are those of the run's seed.
+    fresh = init_adapter(model, plan.experiment.train.seed)
+    report = plan.loss_evaluator(model, frozen, loaded, "test").run(fresh)[1]
+    for projection, expected in report["projections"].items():
+        both = zip(expected["task_expert_load"], expected["task_tokens"], strict=True)
+        loads = [information(np.array(load), np.array(weight)) for load, weight in both]
+        found = told_of["task"]["by_layer_before_training"][projection]
+        assert found == pytest.approx(loads, abs=1e-6)
     page = (tmp_path / "analysis.html").read_text()
     figures = {path.name for path in tmp_path.glob("*.png")}
     assert figures == {

@@ -71,18 +71,25 @@ def test_through_seqio():
     assert "targets_pretokenized Ijumaa, 22 Mei 1970" in result.stdout
 
 
+MISTAKES = [
+    (["cldr_dat_sw"], "no task or mixture 'cldr_dat_sw': close names: cldr_date_sw"),
+    ([], "name a task or a mixture, or give --list"),
+    (["cldr_sw", "--split=dev"], "split='dev' of task cldr_date_sw: it has"),
+    (["cldr_sw", "--vocabulary=x"], "vocabulary='x' is not allowed: use bytes"),
+    (["cldr_sw", "--num=0"], "argument --num: '0' is not a whole number"),
+    (["cldr_sw", "--num=many"], "argument --num: 'many' is not a whole number"),
+    (["cldr_sw", "--length=3"], "fits length=3"),
+    (["cldr_sw", "--nmu=3"], "unrecognized arguments: --nmu=3"),
+    (["bfcl_simple"], "run `python scripts/download_data.py bfcl`"),
+]
+
+
+# Each is a process of its own: the fast suite has the first four.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["cldr_dat_sw"], "no task or mixture 'cldr_dat_sw': close names: cldr_date_sw"),
-        ([], "name a task or a mixture, or give --list"),
-        (["cldr_sw", "--split=dev"], "split='dev' of task cldr_date_sw: it has"),
-        (["cldr_sw", "--vocabulary=x"], "vocabulary='x' is not allowed: use bytes"),
-        (["cldr_sw", "--num=0"], "argument --num: '0' is not a whole number"),
-        (["cldr_sw", "--num=many"], "argument --num: 'many' is not a whole number"),
-        (["cldr_sw", "--length=3"], "fits length=3"),
-        (["cldr_sw", "--nmu=3"], "unrecognized arguments: --nmu=3"),
-        (["bfcl_simple"], "run `python scripts/download_data.py bfcl`"),
+        pytest.param(*mistake, marks=[pytest.mark.slow] if place > 3 else [])
+        for place, mistake in enumerate(MISTAKES)
     ],
 )
 def test_mistakes_are_one_line(arguments, message, tmp_path):

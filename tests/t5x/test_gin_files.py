@@ -1,10 +1,12 @@
 """Each gin file parses and makes what it says."""
 
 import dataclasses
+import importlib
 from pathlib import Path
 
 import pytest
 
+from scripts import t5x_launch
 from sira_jax.adapters import METHODS
 from tests.t5x.tiny_t5x import MISSING
 
@@ -124,3 +126,16 @@ def test_a_models_options(parsed, name, vocab_size, activations, tied):
         tied,
     )
     assert not config.scan_layers
+
+
+def test_a_folder_here_with_the_name_of_one_of_gins_does_no_harm(tmp_path, monkeypatch):
+    """runs/ is where everybody's results are, and where the gin files of runs are."""
+    (tmp_path / "runs").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config, resources = (importlib.import_module(f"gin.{n}") for n in ("config", "resource_reader"))
+    with pytest.raises(TypeError):
+        resources.system_path_file_exists("runs/finetune.gin")
+    monkeypatch.setattr(config, "_FILE_READERS", [(open, resources.system_path_file_exists)])
+    t5x_launch._tolerate_plain_folders()
+    ((_, is_readable),) = config._FILE_READERS
+    assert not is_readable("runs/finetune.gin")

@@ -78,7 +78,8 @@ def test_arrays_are_cut_as_the_table_says(results):
     shares = {name: results[name]["shares"] for name in MESHES}
     assert set(shares["data"].values()) == {1.0}
     assert shares["all"]["layers/mlp/gate/kernel"] == 0.25
-    assert shares["all"]["layers/mlp/down/adapter/lora_a"] == 1.0
+    assert shares["all"]["layers/mlp/down/adapter/lora_a"] == 0.5
+    assert shares["all"]["layers/mlp/down/adapter/lora_b"] == 1.0
     assert shares["expert"]["layers/mlp/down/adapter/lora_a"] == 0.5
     assert shares["expert"]["layers/mlp/down/adapter/router"] == 0.5
     assert shares["expert"]["layers/mlp/gate/kernel"] == 1.0

@@ -73,30 +73,37 @@ def test_dry_run_checks_and_writes_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+MISTAKES = [
+    ((), "--config=FILE is needed"),
+    ((STARTER,), "--target is needed: one of slurm, gke, tpu_vm, xpk, xmanager"),
+    ((STARTER, "--target=pbs"), "--target=pbs: value should be one of"),
+    ((STARTER, "--target=gke"), "--out=DIR is needed, or --dry_run"),
+    ((STARTER, "--target=gke", "--run", "--dry_run"), "--run and --dry_run exclude"),
+    ((STARTER, "--target=gke", "--config.job.name=A"), "job.name='A' is not allowed"),
+    ((STARTER, "--target=slurm", "--out=x"), "job.output='gs://my-bucket/runs' is not allowed"),
+    ((STARTER, "--target=gke", "--config.job.nmae=x"), "--config.job.nmae: no such field"),
+    ((STARTER, SHARED, "--target=slurm", "--out=README.md"), "--out=README.md: File exists"),
+    (
+        (
+            "--config=configs/experiments/starter.py:sira",
+            "--target=gke",
+            "--dry_run",
+        ),
+        "config.adapter: no such section",
+    ),
+    (
+        (STARTER, SHARED, "--target=slurm", "--dry_run", "--config.slurm.setup=if true; then"),
+        "job.sbatch: bash -n: ",
+    ),
+]
+
+
+# Each is a process of its own: the fast suite has the first three.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "--config=FILE is needed"),
-        ((STARTER,), "--target is needed: one of slurm, gke, tpu_vm, xpk, xmanager"),
-        ((STARTER, "--target=pbs"), "--target=pbs: value should be one of"),
-        ((STARTER, "--target=gke"), "--out=DIR is needed, or --dry_run"),
-        ((STARTER, "--target=gke", "--run", "--dry_run"), "--run and --dry_run exclude"),
-        ((STARTER, "--target=gke", "--config.job.name=A"), "job.name='A' is not allowed"),
-        ((STARTER, "--target=slurm", "--out=x"), "job.output='gs://my-bucket/runs' is not allowed"),
-        ((STARTER, "--target=gke", "--config.job.nmae=x"), "--config.job.nmae: no such field"),
-        ((STARTER, SHARED, "--target=slurm", "--out=README.md"), "--out=README.md: File exists"),
-        (
-            (
-                "--config=configs/experiments/starter.py:sira",
-                "--target=gke",
-                "--dry_run",
-            ),
-            "config.adapter: no such section",
-        ),
-        (
-            (STARTER, SHARED, "--target=slurm", "--dry_run", "--config.slurm.setup=if true; then"),
-            "job.sbatch: bash -n: ",
-        ),
+        pytest.param(*mistake, marks=[pytest.mark.slow] if place > 2 else [])
+        for place, mistake in enumerate(MISTAKES)
     ],
 )
 def test_mistakes_give_one_line(arguments, message):
