@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 # The name under which jax.checkpoint keeps what `keep` marks.
-KEPT = "projection"
+KEPT = "kept"
 
 
 def keep(x: jax.Array) -> jax.Array:
