@@ -186,5 +186,5 @@ class MLP(Projections):
         gate_BTF = self.dense("gate", self.config.mlp_dim, axes)(x_BTD, context)
         up_BTF = self.dense("up", self.config.mlp_dim, axes)(x_BTD, context)
         hidden_BTF = ACTIVATIONS[self.config.activation](gate_BTF) * up_BTF
-        hidden_BTF = keep(constrain(hidden_BTF, "batch", None, "mlp"))
+        hidden_BTF = constrain(hidden_BTF, "batch", None, "mlp")
         return self.dense("down", self.config.emb_dim, axes[::-1])(hidden_BTF, context)

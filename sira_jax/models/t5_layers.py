@@ -203,6 +203,6 @@ class T5MLP(Projections):
                 for name, activation in zip(config.mlp_inputs, config.mlp_activations, strict=True)
             ),
         )
-        hidden_BTF = keep(constrain(hidden_BTF, "batch", None, "mlp"))
+        hidden_BTF = constrain(hidden_BTF, "batch", None, "mlp")
         out_BTD = self.dense("wo", config.emb_dim, axes[::-1])(hidden_BTF, context)
         return constrain(out_BTD, "batch", None, None)
