@@ -18,7 +18,7 @@ from scripts.hlo_text import parse
 from scripts.precompile_programs import Program, Setting
 from sira_jax.models import DecoderConfig, EncoderDecoderConfig
 
-# Sums of losses and statistics, at most so many bytes, are what a step has to tell, not what it works with.
+# Sums of losses and statistics, at most so many bytes each, are what a step has to tell, not what it works with.
 SMALL = 4096
 # The decoder's projections that read the encoder's tokens.
 _READ_ENCODED = tuple(f"decoder/encoder_decoder_attention/{name}" for name in ("key", "value"))
@@ -155,7 +155,7 @@ def beyond_floor(measured: Measured, floor: Measured) -> list[tuple[Collective, 
     """The collectives that the floor lacks, each with what it is: "gradients" of the adapter, "metrics", or "other".
 
     Two are the same if kind, bytes, mesh axes and times agree. What reduces arrays each as large as a trained parameter's
-    gradient sums gradients; what is at most SMALL bytes sums metrics and losses.
+    gradient sums gradients; what has only arrays of at most SMALL bytes sums metrics and losses.
     """
     known: dict[tuple, int] = {}
     for one in floor.collectives:
@@ -176,10 +176,10 @@ def _key(one: Collective) -> tuple:
 
 
 def _purpose(one: Collective, trained: frozenset[int]) -> str:
-    if one.payload <= SMALL:
+    large = [array for array in one.arrays if array.nbytes > SMALL]
+    if not large:
         return "metrics"
     reduces = one.kind in ("all-reduce", "reduce-scatter")
-    large = [array for array in one.arrays if array.nbytes > SMALL]
     return "gradients" if reduces and all(a.elements in trained for a in large) else "other"
 
 

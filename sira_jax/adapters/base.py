@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from sira_jax.adapters.context import AdapterContext, Projection
 from sira_jax.errors import ConfigError, MergeError, check, is_finite_number, is_whole_number
 from sira_jax.quantized import dequantize, is_quantized
+from sira_jax.routing import keep
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 # Where they are in the block of a decoder-only model, which is what patterns match.
@@ -409,8 +410,8 @@ class AdaptedDense(nn.Module):
         )
         x_BTD = x_BTD.astype(self.dtype)
         if self.adapter is None:
-            return projection(x_BTD)
-        return self.adapter.make_module()(x_BTD, projection, context)
+            return keep(projection(x_BTD))
+        return keep(self.adapter.make_module()(x_BTD, projection, context))
 
 
 def is_adapter(path: Path) -> bool:

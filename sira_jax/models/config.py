@@ -9,7 +9,7 @@ from sira_jax.models.rope import LinearRopeScaling, RopeScaling
 from sira_jax.models.stacks import Stack
 
 ACTIVATIONS = ("silu", "gelu_tanh")
-REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
+REMAT_POLICIES = ("none", "full", "projections", "dots", "dots_no_batch")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -65,8 +65,9 @@ class DecoderConfig:
       dtype: type of the computation; the router's arithmetic, norms, softmax and loss stay in float32.
       param_dtype: type the frozen base is held in. Adapters are always float32.
       scan_layers: stack the blocks' parameters on axis 0 and compile one block.
-      remat_policy: "none" keeps activations, "full" recomputes a block in the backward pass, "dots" keeps the results of
-        matrix products, "dots_no_batch" those without batch axes.
+      remat_policy: "none" keeps activations, "full" recomputes a block in the backward pass, "projections" all of it that is
+        cheap: it keeps what the projections give with their adapters, what A and the routers give, and attention's output, but
+        not its scores; "dots" keeps the results of matrix products, "dots_no_batch" of those without batch axes.
     """
 
     vocab_size: int

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from sira_jax.adapters import AdaptedDense, AdapterConfig, AdapterContext
 from sira_jax.models.rope import apply_rotary
 from sira_jax.placement import constrain
+from sira_jax.routing import keep
 
 ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": nn.gelu}
 
@@ -171,7 +172,7 @@ class Attention(Projections):
         else:
             cap = config.attention_softcap
             out_BTHP = capped_attention(q_BTHP, k_BSKP, v_BSKP, mask_BTS, scale, cap)
-        out_BTD = out_BTHP.reshape(batch, length, heads * width)
+        out_BTD = keep(out_BTHP.reshape(batch, length, heads * width))
         return self.dense("o", config.emb_dim, ("heads", "embed"))(out_BTD, context)
 
 

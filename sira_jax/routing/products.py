@@ -7,6 +7,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+# The name under which jax.checkpoint keeps what `keep` marks.
+KEPT = "kept"
+
+
+def keep(x: jax.Array) -> jax.Array:
+    """x, which the rematerialisation policy "projections" keeps for the backward pass."""
+    return checkpoint_name(x, KEPT)
 
 
 def project(x: jax.Array, kernel_DF: jax.Array, **options) -> jax.Array:
