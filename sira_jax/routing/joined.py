@@ -36,6 +36,11 @@ def project_with_router(
       weights_DM: float32.
       router_DE: float32.
     """
+    # See `products.project`: x itself is kept for the backward pass.
+    return jax.checkpoint(_project_with_router, prevent_cse=False)(x, weights_DM, router_DE)
+
+
+def _project_with_router(x, weights_DM, router_DE):
     x_ND = x.reshape(-1, x.shape[-1])
     if x.dtype == jnp.bfloat16:
         hidden_NM, logits_NE = _split_product(x_ND, weights_DM, router_DE)
