@@ -5,6 +5,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .PHONY: help setup demo test test-all test-fuzz test-t5x lint format parity-setup t5x-setup precompile-setup clean
+.PHONY: docs docs-serve notebooks notebooks-setup
 .PHONY: table-single table-multilingual table-multitask table-ablations
 
 FUZZ_SECONDS ?= 300
@@ -34,7 +35,7 @@ test: $(READY)  ## lint and the test suite (under 10 minutes on 2 cores)
 	@$(MAKE) --no-print-directory lint
 	@$(PY) -m pytest -n 2 -m "not slow and not parity and not fuzz"
 
-test-all: $(READY)  ## everything, the slow checks too; parity checks run where torch is installed
+test-all: notebooks-setup  ## everything, the slow checks and notebooks too; parity checks run where torch is installed
 	@$(MAKE) --no-print-directory lint
 	@$(PY) -m pytest -n 2 -m "not fuzz"
 
@@ -43,6 +44,18 @@ test-fuzz: $(READY)  ## damage files of every format at random for FUZZ_SECONDS,
 
 parity-setup: $(READY)  ## install torch (CPU) and transformers, for the parity tests
 	$(PY) -m pip install --disable-pip-version-check -q -e '.[parity]'
+
+docs: $(READY)  ## build the documentation's site into site/; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+docs-serve: $(READY)  ## show the site at http://127.0.0.1:8000, built anew when a page changes
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs serve --watch CHANGELOG.md --watch scripts/docs
+
+notebooks-setup: $(READY)  ## install what runs the notebooks of docs/notebooks
+	@$(PY) -m pip install --disable-pip-version-check -q -e '.[notebooks]'
+
+notebooks: notebooks-setup  ## run the notebooks and keep what they print and draw; minutes
+	@$(PY) scripts/docs/run_notebooks.py
 
 t5x-setup: $(READY)  ## install what T5X imports from PyPI; T5X itself is not there, see docs/t5x.md
 	$(PY) -m pip install --disable-pip-version-check -q -e '.[t5x]'
@@ -83,4 +96,4 @@ format: $(READY)  ## reformat and apply the safe fixes
 	@$(VENV)/bin/ruff format .
 
 clean:  ## delete caches and run directories (not .venv)
-	rm -rf .pytest_cache .ruff_cache .hypothesis runs build *.egg-info
+	rm -rf .pytest_cache .ruff_cache .hypothesis runs build site *.egg-info

@@ -44,13 +44,16 @@ class RMSNorm(nn.Module):
         return normed.astype(x_BTD.dtype)
 
 
-def look_up(embedder: nn.Embed, tokens_BT: jax.Array) -> jax.Array:
-    """The embeddings (B, T, D) of token ids, as `embedder` itself gives them.
+class TokenEmbed(nn.Embed):
+    """The table of token embeddings, read as `nn.Embed` reads it.
 
     The table's width is gathered first where it is cut: looked up in a part, the embeddings of all devices' tokens would be.
     """
-    table_VD = constrain(embedder.embedding.astype(embedder.dtype), "vocab", None)
-    return constrain(jnp.take(table_VD, tokens_BT, axis=0), "batch", None, None)
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """The embeddings (B, T, D) of token ids."""
+        table_VD = constrain(self.embedding.astype(self.dtype), "vocab", None)
+        return constrain(jnp.take(table_VD, tokens_BT, axis=0), "batch", None, None)
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
@@ -181,6 +184,9 @@ class MLP(Projections):
         axes = ("embed", "mlp")
         gate_BTF = self.dense("gate", self.config.mlp_dim, axes)(x_BTD, context)
         up_BTF = self.dense("up", self.config.mlp_dim, axes)(x_BTD, context)
-        hidden_BTF = ACTIVATIONS[self.config.activation](gate_BTF) * up_BTF
+        # Made again backwards from what the projections give: kept, it would be three more arrays of this size.
+        activation = ACTIVATIONS[self.config.activation]
+        gated = jax.checkpoint(lambda gate, up: activation(gate) * up, prevent_cse=False)
+        hidden_BTF = gated(gate_BTF, up_BTF)
         hidden_BTF = constrain(hidden_BTF, "batch", None, "mlp")
         return self.dense("down", self.config.emb_dim, axes[::-1])(hidden_BTF, context)

@@ -4,6 +4,8 @@ Axis letters: G routing groups, S tokens a group, D features in, F features out,
 K selected experts, C capacity, R rank, M = E * R joined ranks, P = G * S * K (token, expert) pairs.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -125,26 +127,39 @@ def mix_experts(
             config.num_selected_experts,
             capacity,
         )
-    is_joined = algorithm == "masked" and expert_input_GSD is None and x_GSD.dtype == jnp.float32
-    if is_joined:
-        hidden_GSM, logits_GSE = project_with_router(x_GSD, join_ranks(lora_a_EDR), router_DE)
-    else:
-        logits_GSE = router_logits(x_GSD, router_DE)
-    routing = route(
-        logits_GSE,
-        valid_GS,
-        config,
-        deterministic=deterministic,
-        rng=rng,
-        active_choices=active_choices,
-    )
-
-    # The gates are the smallest array to multiply by the scale.
-    scaled = routing.replace(gates_GSE=routing.gates_GSE * scale)
-    if is_joined:
-        return _masked_output(hidden_GSM, scaled, lora_b_ERF, x_GSD.dtype), routing
+    options = {"deterministic": deterministic, "rng": rng, "active_choices": active_choices}
+    if algorithm == "masked" and expert_input_GSD is None and x_GSD.dtype == jnp.float32:
+        hidden_GSM, logits_GSE = jax.checkpoint(_join_and_project, prevent_cse=False)(
+            x_GSD, lora_a_EDR, router_DE
+        )
+        # Gates, ranks and queues are cheap to make again and several times as large as what they are made of.
+        mix = functools.partial(
+            _route_and_mix, config=config, scale=scale, dtype=x_GSD.dtype, **options
+        )
+        mix = jax.checkpoint(mix, prevent_cse=False)
+        return mix(hidden_GSM, logits_GSE, valid_GS, lora_b_ERF)
+    routing = route(router_logits(x_GSD, router_DE), valid_GS, config, **options)
     expert_input_GSD = x_GSD if expert_input_GSD is None else expert_input_GSD
-    return apply_experts(expert_input_GSD, scaled, lora_a_EDR, lora_b_ERF, algorithm), routing
+    delta_GSF = apply_experts(
+        expert_input_GSD, _scaled(routing, scale), lora_a_EDR, lora_b_ERF, algorithm
+    )
+    return delta_GSF, routing
+
+
+def _join_and_project(x_GSD, lora_a_EDR, router_DE):
+    return project_with_router(x_GSD, join_ranks(lora_a_EDR), router_DE)
+
+
+def _route_and_mix(
+    hidden_GSM, logits_GSE, valid_GS, lora_b_ERF, *, config, scale, dtype, **options
+):
+    routing = route(logits_GSE, valid_GS, config, **options)
+    return _masked_output(hidden_GSM, _scaled(routing, scale), lora_b_ERF, dtype), routing
+
+
+def _scaled(routing: Routing, scale: float) -> Routing:
+    # The gates are the smallest array to multiply by the scale.
+    return routing.replace(gates_GSE=routing.gates_GSE * scale)
 
 
 def apply_experts(

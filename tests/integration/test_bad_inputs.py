@@ -3,9 +3,7 @@
 The mistakes in model files and run directories are in test_bad_files.py.
 """
 
-import importlib
 import json
-import sys
 
 import pytest
 from absl import flags
@@ -18,6 +16,7 @@ from tasks import bfcl
 from tasks.loading import load_task
 from tests.integration.mistakes import TASK, assert_mistake, contents, make_plan
 from tests.integration.test_whole_run import CONFIG, script
+from tests.scripts import flagged
 
 pytestmark = pytest.mark.usefixtures("no_cache")
 
@@ -127,12 +126,8 @@ def test_a_damaged_line_of_bfcl(line, named, tmp_path, monkeypatch):
 @pytest.fixture
 def generate():
     """scripts/generate.py; its flags, whose names other scripts use too, are taken back."""
-    before = set(flags.FLAGS)
-    yield importlib.import_module("scripts.generate")
-    for name in set(flags.FLAGS) - before:
-        delattr(flags.FLAGS, name)
-    flags.FLAGS.unparse_flags()
-    del sys.modules["scripts.generate"]
+    with flagged.imported("generate") as script:
+        yield script
 
 
 @pytest.mark.parametrize(
