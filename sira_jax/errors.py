@@ -4,8 +4,7 @@ Scripts print that line and exit with status 2 (see `scripts/cli.py`); any other
 stack trace.
 """
 
-import math
-
+_LARGEST_FLOAT32 = 3.4028234663852886e38
 LONGEST_MESSAGE = 1000  # characters; of a longer one the middle is left out
 
 
@@ -77,12 +76,9 @@ def is_whole_number(value: object) -> bool:
 
 
 def is_finite_number(value: object) -> bool:
-    """Whether a field holds a number that is neither infinite nor NaN."""
+    """Whether a field holds a number that is neither infinite nor NaN, and stays so in float32, in which it is used."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    try:
-        return is_number and math.isfinite(value)
-    except OverflowError:  # a whole number that no float can hold
-        return False
+    return is_number and abs(value) <= _LARGEST_FLOAT32
 
 
 def check(condition: bool, field: str, value: object, allowed: str) -> None:
