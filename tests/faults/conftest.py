@@ -4,7 +4,7 @@ import pytest
 
 from tests.faults.runs import Lab, finish
 
-STEPS, EVERY = 300, 5
+STEPS, EVERY = 100, 5
 
 
 @pytest.fixture(scope="session")

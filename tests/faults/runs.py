@@ -36,7 +36,7 @@ def get_config():
     config.data.batch_size = 4
     config.train.num_steps = {steps}
     config.train.log_every = 10
-    config.train.eval_every = 150
+    config.train.eval_every = 50
     config.train.checkpoint_every = {every}
     config.optimizer.learning_rate = 0.01
     config.evaluate.loss_examples_per_task = 4

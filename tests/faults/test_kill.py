@@ -28,7 +28,7 @@ def kill_at_random(process, workdir, random):
     if kind == "start":
         time.sleep(random.uniform(0, 10))
     else:
-        known, more = steps(workdir), random.integers(0, 5)
+        known, more = steps(workdir), random.integers(0, 3)
         newest = max(known, default=0)
 
         def is_far_enough():

@@ -61,7 +61,7 @@ def test_changed_data_are_refused_by_the_name_of_the_file(lab, tmp_path, say):
 def test_sigterm_at_random_moments_exits_0_and_costs_nothing(lab, unbroken, tmp_path, say):
     random = np.random.default_rng(5)
     stopped = []
-    for number in range(6):
+    for number in range(5):
         process = lab.train(tmp_path)
         newest = max(steps(tmp_path), default=0)
         if number < 2:
