@@ -169,7 +169,7 @@ def table(fields: list[Field]) -> str:
 
 def experiment_sections(root: Path) -> dict[str, list[Field]]:
     """section -> fields of an experiment with the defaults of configs/base.py, but for `adapter`."""
-    sources = Sources(root / "sira_jax/training/config.py")
+    sources = Sources(root / "sira_jax/training/config.py", root / "sira_jax/training/bad_loss.py")
     sections = sources.named_classes("config.py", "SECTIONS")
     base = assigned(root / "configs/base.py")
     return {

@@ -21,7 +21,11 @@ from tests.scripts import flagged
 pytestmark = pytest.mark.usefixtures("no_cache")
 
 CONFIGS = [
-    ({"trian": {"num_steps": 5}}, "config='trian' is not allowed", "sections adapter, data"),
+    (
+        {"trian": {"num_steps": 5}},
+        "config='trian' is not allowed",
+        "sections adapter, bad_loss, data",
+    ),
     ({"train__stpes": 5}, "train.stpes=5", "num_steps"),
     ({"train__num_steps": "many"}, "train.num_steps='many'", "a whole number of at least 1"),
     ({"train__num_steps": 0}, "train.num_steps=0", "at least 1"),
