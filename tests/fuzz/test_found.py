@@ -31,6 +31,7 @@ from sira_jax.errors import (
 from sira_jax.files import open_binary
 from sira_jax.tokenizer_text import check_charsmap
 from tasks.finqa_program import ProgramError, execute
+from tasks.vocabularies import TokenizersVocabulary
 from tests.checkpoints import spiece
 from tests.fuzz import data_files, targets
 from tests.integration.mistakes import assert_mistake
@@ -352,6 +353,25 @@ def test_tokenizer_config_json(settings, tmp_path):
     path = made(targets.make_json_tokenizers, tmp_path / "t") / "bpe" / "tokenizer.json"
     (path.parent / "tokenizer_config.json").write_text(settings)
     assert_mistake(DataError, lambda: tasks.make_vocabulary(f"tokenizers:{path}"), path.parent)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda model: model["vocab"].pop(model["unk_token"]), "cannot be used"),
+        (lambda model: model.update(vocab={}, merges=[], unk_token=None), "no tokens"),
+    ],
+)
+def test_a_tokenizer_that_cannot_encode(change, named, tmp_path):
+    path = made(targets.make_json_tokenizers, tmp_path / "t") / "spm" / "tokenizer.json"
+    content = json.loads(path.read_text()) | {"added_tokens": [], "post_processor": None}
+    change(content["model"])
+    path.write_text(json.dumps(content))
+
+    def use():
+        TokenizersVocabulary(path, eos_id=1).encode("ünknown")
+
+    assert_mistake(DataError, use, path, named)
 
 
 # Checkpoints of T5X.
