@@ -391,5 +391,9 @@ def _make_vocabulary(spec: str, base: BaseModel) -> tasks.vocabularies.Vocabular
     eos_id = special.eos_ids[0] if special.eos_ids else None
     pad_id = special.pad_id if special.pad_id is not None else (eos_id or 0)
     return tasks.vocabularies.TokenizersVocabulary(
-        base.tokenizer_json, eos_id=eos_id, bos_id=special.bos_id, pad_id=pad_id
+        base.tokenizer_json,
+        eos_id=eos_id,
+        bos_id=special.bos_id,
+        pad_id=pad_id,
+        origin=base.source,
     )

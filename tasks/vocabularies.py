@@ -6,9 +6,10 @@ adds ids of its own: bos and eos are the caller's to add.
 """
 
 import abc
+import contextlib
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,6 +161,7 @@ class TokenizersVocabulary(Vocabulary):
       tokenizer_json: a tokenizer.json, its text or its path.
       eos_id, bos_id, unk_id, pad_id: special ids, which a tokenizer.json does not state.
       skip_special_tokens: whether `decode` leaves out special tokens.
+      origin: where the tokenizer is from, for messages; its path unless given.
 
     Raises:
       DataError: the file is missing or no tokenizer, or an id is not one of its ids.
@@ -174,25 +176,35 @@ class TokenizersVocabulary(Vocabulary):
         unk_id: int | None = None,
         pad_id: int = 0,
         skip_special_tokens: bool = True,
+        origin: str = "",
     ):
         self.tokenizer_json, self._tokenizer = _load_tokenizer(tokenizer_json)
+        is_text = self.tokenizer_json is tokenizer_json
+        self._origin = origin or ("tokenizer_json" if is_text else os.fspath(tokenizer_json))
         # Limits stored in the file would cut or pad examples behind our back.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._skip_special_tokens = skip_special_tokens
-        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        if not ids:
+            raise DataError(f"{self._origin} is not a tokenizer: it has no tokens")
+        self.vocab_size = 1 + max(ids)
         self.eos_id, self.bos_id, self.unk_id, self.pad_id = eos_id, bos_id, unk_id, pad_id
         for name in ("eos_id", "bos_id", "unk_id", "pad_id"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < self.vocab_size:
-                raise DataError(f"{name}={value} is not allowed: 0 to {self.vocab_size - 1}")
+                raise DataError(
+                    f"{self._origin}: {name}={value} is not allowed: 0 to {self.vocab_size - 1}"
+                )
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        with _library_errors(self._origin):
+            encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens)
+        with _library_errors(self._origin):
+            return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens)
 
     def id_to_text(self, token_id: int) -> str:
         # Byte-level tokens are shown as text, a token that is a part of a character by its piece.
@@ -215,6 +227,18 @@ class TokenizersVocabulary(Vocabulary):
             pad_id=self.pad_id,
             skip_special_tokens=self._skip_special_tokens,
         )
+
+
+@contextlib.contextmanager
+def _library_errors(origin: str) -> Iterator[None]:
+    """Turns what the tokenizers library raises, as where the unknown token is not in the vocabulary, into a DataError."""
+    try:
+        yield
+    except Exception as error:
+        # The library has no class of its own: it raises Exception itself.
+        if type(error) is not Exception:
+            raise
+        raise DataError(f"{origin}: the tokenizer cannot be used: {error}") from None
 
 
 class _SeqioAdapter(Vocabulary):
@@ -331,7 +355,7 @@ def _tokenizers_vocabulary(rest: str) -> Vocabulary:
             f"{path}: which token ends a sequence? Put tokenizer_config.json beside it, or write "
             f"tokenizers:{path},eos=TOKEN"
         )
-    return TokenizersVocabulary(text, **ids)
+    return TokenizersVocabulary(text, **ids, origin=name)
 
 
 def as_vocabulary(vocabulary: "Vocabulary | seqio.Vocabulary | str") -> Vocabulary:

@@ -16,10 +16,10 @@ from sira_jax import json_text
 from tests.fuzz.mutations import (
     INTEGERS,
     TEXTS,
-    _odd_text,
     mutate_bytes,
     mutate_json,
     mutate_lines,
+    odd_text,
     random_value,
     to_json,
 )
@@ -37,7 +37,7 @@ def mutate_safetensors(rng: random.Random, data: bytes) -> bytes:
     if kind == 2:
         header = mutate_json(rng, header)
     elif kind == 3:
-        header = _odd_text(rng, header)
+        header = odd_text(rng, header)
     else:
         try:
             entries = json_text.parse(header)

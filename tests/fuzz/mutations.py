@@ -96,7 +96,7 @@ def mutate_json(rng: random.Random, text: bytes) -> bytes:
     if kind == 0:
         return mutate_bytes(rng, text)
     if kind == 1:
-        return _odd_text(rng, text)
+        return odd_text(rng, text)
     try:
         value = json_text.parse(text)
     except ValueError:  # damaged before
@@ -114,7 +114,7 @@ def to_json(value: Any) -> bytes:
     return json.dumps(value).encode("utf-8", "surrogatepass")
 
 
-def _odd_text(rng: random.Random, text: bytes) -> bytes:
+def odd_text(rng: random.Random, text: bytes) -> bytes:
     depth = rng.choice(DEPTHS)
     return rng.choice(
         (

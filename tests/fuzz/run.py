@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-_SILENT_SECONDS = 300  # of a worker that is imported or hangs where no signal reaches it
+_SILENT_SECONDS = 900  # of a worker that is imported or hangs where no signal reaches it
 
 
 @dataclasses.dataclass
