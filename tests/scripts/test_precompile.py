@@ -231,6 +231,23 @@ def test_collectives_beyond_the_floor_are_told_by_what_they_are_for():
     assert "collectives beyond the floor's, other: 3" in lines
 
 
+def test_a_routers_gradient_is_known_in_parts_beside_that_of_a():
+    """See routing/joined.py: three parts of a router (D, E) beside A's (D, E R)."""
+    d_in, d_out = setting().config.projections["attention/q"]
+    known = measured("sira").trained
+    assert d_in * (4 * 2 + 3 * 4) in known
+    assert {d_in * 4, d_in * 4 * 2, d_out * 4 * 2} <= known
+    assert d_in * (4 * 2 + 2 * 4) not in known
+
+
+def test_padding_makes_no_metric_large():
+    base = measured("floor")
+    padded = dataclasses.replace(collective(32), arrays=(Array("f32", (32, 16), (1, 0), (8, 128)),))
+    adapter = dataclasses.replace(base, collectives=[padded])
+    floor = dataclasses.replace(base, collectives=[])
+    assert beyond_floor(adapter, floor) == [(padded, "metrics")]
+
+
 def test_the_report_says_what_does_not_fit_and_what_holds_it_up():
     one = measured("sira")
     data = as_data(one, dataclasses.replace(V5E, memory_bytes=1000), 1, needed_flops(setting()))
