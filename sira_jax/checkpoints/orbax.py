@@ -10,11 +10,14 @@ import logging
 import math
 import os
 import re
+import shutil
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from sira_jax.checkpoints import checksums
@@ -23,6 +26,8 @@ from sira_jax.errors import CheckpointError, StorageError
 from sira_jax.files import STORAGE_ERRORS
 
 _MANAGER = ocp.checkpoint_managers
+# Old checkpoints are moved here before they are removed, so that a kill never leaves half of one under a step's name.
+TRASH = "deleted"
 
 
 @dataclasses.dataclass
@@ -65,7 +70,9 @@ class Checkpointer:
         keep_multiple: int = 0,
     ):
         self.directory = Path(directory).absolute()
+        self._emptying: threading.Thread | None = None
         _silence_saving_thread()
+        _ignore_late_callbacks()
         self._best_metric = best_metric
         sign = 1.0 if best_mode == "max" else -1.0
         policies = [_MANAGER.LatestN(keep)]
@@ -86,6 +93,7 @@ class Checkpointer:
             best_fn=best_fn,
             enable_async_checkpointing=True,
             temporary_path_class=SealedPath,
+            todelete_subdir=TRASH,
             create=True,
         )
         handlers = {
@@ -132,6 +140,7 @@ class Checkpointer:
         if metrics is not None and not math.isfinite(metrics.get(self._best_metric, math.nan)):
             # What is no number would be kept as the best.
             metrics = None
+        self._empty_trash()
         with self._storage_errors():
             self._manager.save(
                 step,
@@ -219,8 +228,7 @@ class Checkpointer:
 
     def _restore(self, step: int, args: Any) -> Any:
         try:
-            with _late_reads_ignored():
-                return self._manager.restore(step, args=args)
+            return self._manager.restore(step, args=args)
         except Exception as error:
             # Where an array cannot be read, Orbax raises Exception itself from the error that says why.
             if type(error) is not Exception and not isinstance(
@@ -235,6 +243,26 @@ class Checkpointer:
         """Returns once every save that was started is whole on disk; raises StorageError as `save`."""
         with self._storage_errors():
             self._manager.wait_until_finished()
+        self._join_emptying()
+        if jax.process_index() == 0:
+            shutil.rmtree(self.directory / TRASH, ignore_errors=True)
+
+    def _empty_trash(self) -> None:
+        """Starts removing what lies in the trash, for which a network file system takes its time."""
+        self._join_emptying()
+        trash = self.directory / TRASH
+        if jax.process_index() == 0 and trash.is_dir():
+            # The folder itself stays, since Orbax may be about to move something there.
+            old = list(trash.iterdir())
+            self._emptying = threading.Thread(
+                target=lambda: [shutil.rmtree(folder, ignore_errors=True) for folder in old]
+            )
+            self._emptying.start()
+
+    def _join_emptying(self) -> None:
+        if self._emptying is not None:
+            self._emptying.join()
+            self._emptying = None
 
     @contextlib.contextmanager
     def _storage_errors(self) -> Iterator[None]:
@@ -263,30 +291,15 @@ class Checkpointer:
         self._manager.close()
 
 
-@contextlib.contextmanager
-def _late_reads_ignored() -> Iterator[None]:
-    """Keeps reads that outlive a failed restore from writing stack traces to standard error.
-
-    They report to an event loop that Orbax has closed by then, or are broken off; the restore has raised its own error. The
-    hook stays after a failure, since such reads may end at any time.
-    """
-    previous = sys.unraisablehook
-
-    def hook(unraisable):
-        code = getattr(unraisable.object, "cr_code", None)  # of a coroutine
-        is_broken_off = code is not None and "orbax" in code.co_filename
-        if not is_broken_off and str(unraisable.exc_value) != "Event loop is closed":
-            previous(unraisable)
-
-    sys.unraisablehook = hook
-    yield
-    sys.unraisablehook = previous
-
-
 class _RaisedAnyway(logging.Filter):
     """Leaves out the stack traces that Orbax logs of an error in a saving thread, which it raises in the main thread too."""
 
-    _TEXTS = ("background save thread", "Finalize thread (%s) failed", "raised an exception")
+    _TEXTS = (
+        "background save thread",
+        "Finalize thread (%s) failed",
+        "raised an exception",
+        "Failed to write metadata",
+    )
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not any(text in str(record.msg) for text in self._TEXTS)
@@ -296,3 +309,22 @@ def _silence_saving_thread() -> None:
     logger = logging.getLogger("absl")
     if not any(isinstance(known, _RaisedAnyway) for known in logger.filters):
         logger.addFilter(_RaisedAnyway())
+
+
+def _ignore_late_callbacks() -> None:
+    """Keeps reads and writes that outlive a failure from writing stack traces to standard error, from here on.
+
+    They report to an event loop that Orbax has closed by then, or are broken off; what failed has raised its own error.
+    """
+    previous = sys.unraisablehook
+    if getattr(previous, "ignores_late_callbacks", False):
+        return
+
+    def hook(unraisable):
+        code = getattr(unraisable.object, "cr_code", None)  # of a coroutine
+        is_broken_off = code is not None and "orbax" in code.co_filename
+        if not is_broken_off and str(unraisable.exc_value) != "Event loop is closed":
+            previous(unraisable)
+
+    hook.ignores_late_callbacks = True
+    sys.unraisablehook = hook

@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import path as ocp_path
 
 from sira_jax.checkpoints import checksums
-from sira_jax.checkpoints.orbax import whole_steps
+from sira_jax.checkpoints.orbax import TRASH, whole_steps
 from sira_jax.errors import CheckpointError
 from sira_jax.training import multihost
 
@@ -24,7 +24,7 @@ def prepare(directory: Path) -> None:
     """Makes the newest checkpoint left in a folder a sound one; every process calls this, and process 0 acts.
 
     A checkpoint whose files are not what was saved is renamed to STEP.damaged, with a line on standard error; what a
-    kill left of an unfinished save is removed.
+    kill left of an unfinished save or removal is removed.
 
     Raises:
       CheckpointError: a file may not be read, or not one of the checkpoints is sound.
@@ -39,7 +39,7 @@ def _prepare(directory: Path) -> None:
     if not directory.is_dir():
         return
     for path in directory.iterdir():
-        if _TEMPORARY in path.name and path.is_dir():
+        if (_TEMPORARY in path.name or path.name == TRASH) and path.is_dir():
             shutil.rmtree(path)
     steps = whole_steps(directory)
     damaged: list[tuple[Path, str]] = []

@@ -68,9 +68,10 @@ class Lab:
         for a, b in random.integers(0, 100, (300, 2)).tolist():
             answer = f"{a} + {b} = {a + b}\n#### {a + b}"
             rows.append(json.dumps({"question": f"What is {a} and {b}?", "answer": answer}))
-        path = self.data / "gsm8k" / "train.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(rows) + "\n" + extra)
+        folder = self.data / "gsm8k"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "train.jsonl").write_text("\n".join(rows) + "\n" + extra)
+        (folder / "test.jsonl").write_text("\n".join(rows[:2]) + "\n")
 
     def start(self, script, *arguments, environment=None):
         """A process of a script, its output in pipes."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sira_jax.checkpoints import checksums
-from sira_jax.checkpoints.orbax import whole_steps
+from sira_jax.checkpoints.orbax import TRASH, whole_steps
 from sira_jax.errors import CheckpointError, StorageError
 from sira_jax.files import write_text
 from sira_jax.training import checkpoint_files
@@ -93,11 +93,26 @@ def test_without_a_sound_checkpoint_the_run_is_refused(copy):
 
 
 def test_what_a_kill_leaves_is_removed(copy):
-    left = copy / CHECKPOINTS / "9.orbax-checkpoint-tmp"
-    shutil.copytree(copy / CHECKPOINTS / "8", left)
+    left = [copy / CHECKPOINTS / name for name in ("9.orbax-checkpoint-tmp", f"{TRASH}/4")]
+    for folder in left:
+        shutil.copytree(copy / CHECKPOINTS / "8", folder)
     checkpoint_files.prepare(copy / CHECKPOINTS)
-    assert not left.exists()
+    assert not any(folder.exists() for folder in left)
     assert whole_steps(copy / CHECKPOINTS) == [2, 4, 5, 6, 8]
+
+
+def test_old_checkpoints_are_removed_whole_and_leave_nothing(tmp_path):
+    """One goes only once its successor is there, and by its name first."""
+    seen = []
+
+    def look(step):
+        folder = tmp_path / CHECKPOINTS
+        seen.append([checksums.problem(folder / str(step)) for step in whole_steps(folder)])
+
+    experiment = changed("train", keep_checkpoints=1, checkpoint_every=1, keep_best="")
+    trainer(tmp_path, Batches(look), experiment=experiment).run()
+    assert not any(problem for problems in seen for problem in problems)
+    assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["8"]
 
 
 def test_set_aside_twice(copy):
