@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from sira_jax.routing.products import keep, project
 
-_PARTS = 3
+# Of a float32 array in `split`.
+PARTS = 3
 
 
 def can_join(dtype: jnp.dtype) -> bool:
@@ -54,7 +55,7 @@ def _project_with_router(x, weights_DM, router_DE):
 def split(x: jax.Array) -> list[jax.Array]:
     """Three bfloat16 arrays whose sum is x, float32, to its precision; the largest part first."""
     parts = []
-    for _ in range(_PARTS):
+    for _ in range(PARTS):
         # Not a cast and back, which compilers may take for nothing.
         part = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
         parts.append(part.astype(jnp.bfloat16))
