@@ -275,7 +275,7 @@ def _read_router(path: Path) -> Router:
 def _numbers(name: str, values: Any) -> np.ndarray:
     try:
         return np.asarray(values, np.float64)
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         raise DataError(f"{name} is no array of numbers ({error})") from None
 
 

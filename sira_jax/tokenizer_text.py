@@ -7,6 +7,7 @@ darts-clone libraries [O].
 """
 
 import base64
+import contextlib
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -53,13 +54,39 @@ def make_tokenizer(text: str) -> tokenizers.Tokenizer:
             check_charsmap(base64.b64decode(table, validate=True))
         except (TypeError, ValueError) as error:
             raise ValueError(f"precompiled_charsmap cannot be used: {error}") from None
-    try:
+    if isinstance(model := content.get("model"), dict):
+        _check_merges(model)
+    with library_errors():
         return tokenizers.Tokenizer.from_str(text)
-    except Exception as error:
-        # The library has no class of its own: it raises Exception itself for every bad file.
-        if type(error) is not Exception:
+
+
+@contextlib.contextmanager
+def library_errors() -> Iterator[None]:
+    """Turns what the tokenizers library raises into a ValueError: it has no class of its own but that of its panics."""
+    try:
+        yield
+    except BaseException as error:
+        # The class of panics is no Exception, and cannot be imported.
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         raise ValueError(str(error)) from None
+
+
+def _check_merges(model: Mapping) -> None:
+    """Raises ValueError for a pair that makes no token: the library panics where it would be longer than all of them."""
+    vocab, merges = model.get("vocab"), model.get("merges")
+    prefix = model.get("continuing_subword_prefix") or ""
+    if not (isinstance(vocab, dict) and isinstance(merges, list) and isinstance(prefix, str)):
+        return  # another kind of model, or what the library itself refuses
+    for merge in merges:
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not (
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(p, str) for p in pair)
+        ):
+            continue
+        left, right = pair
+        if not right.startswith(prefix) or left + right.removeprefix(prefix) not in vocab:
+            raise ValueError(f"the merge {merge!r} makes no token of the vocabulary")
 
 
 def _tables(value: object) -> Iterator[object]:

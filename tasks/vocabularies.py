@@ -21,7 +21,7 @@ from sentencepiece import sentencepiece_model_pb2
 from sira_jax import json_text
 from sira_jax.errors import DataError
 from sira_jax.files import read_bytes
-from sira_jax.tokenizer_text import check_charsmap, make_tokenizer
+from sira_jax.tokenizer_text import check_charsmap, library_errors, make_tokenizer
 
 if TYPE_CHECKING:
     import seqio
@@ -233,11 +233,9 @@ class TokenizersVocabulary(Vocabulary):
 def _library_errors(origin: str) -> Iterator[None]:
     """Turns what the tokenizers library raises, as where the unknown token is not in the vocabulary, into a DataError."""
     try:
-        yield
-    except Exception as error:
-        # The library has no class of its own: it raises Exception itself.
-        if type(error) is not Exception:
-            raise
+        with library_errors():
+            yield
+    except ValueError as error:
         raise DataError(f"{origin}: the tokenizer cannot be used: {error}") from None
 
 

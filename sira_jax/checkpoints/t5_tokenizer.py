@@ -43,6 +43,8 @@ def tokenizer_from_spiece(
     trainer, pieces = proto.trainer_spec, proto.pieces
     if not pieces:
         raise ModelFileError(f"{path}: not a SentencePiece model: it has no pieces")
+    if any(not isinstance(piece.piece, str) for piece in pieces):  # bytes, where it is no UTF-8
+        raise ModelFileError(f"{path}: not a SentencePiece model: it has a piece that is no UTF-8")
     if trainer.model_type != _UNIGRAM:
         name = trainer.ModelType.Name(trainer.model_type)
         raise ModelFileError(f"{path}: trainer_spec.model_type={name} is not supported: UNIGRAM")

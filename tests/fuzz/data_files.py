@@ -5,12 +5,12 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
 import tasks
-from sira_jax.errors import DataError
-from tasks import bfcl
+from tasks import bfcl, reading
 from tasks.download import cache_root
 from tests.tasks import datasets
 
@@ -51,20 +51,12 @@ def _take(root: Path, task: str, split: str, to: Path) -> None:
 
 
 def _read_by(root: Path, task: str, split: str) -> list[Path]:
-    """The files that a task reads, found by taking each away."""
-    read_task(root, task, split)
-    needed = []
-    for path in sorted(root.rglob("*")):
-        if path.is_file():
-            away = path.with_name(f".{path.name}")
-            path.rename(away)
-            try:
-                read_task(root, task, split)
-            except DataError:
-                needed.append(path)
-            finally:
-                away.rename(path)
-    return needed
+    """The files that a task reads."""
+    if task.startswith("bfcl"):
+        return [path for path in (root / "bfcl").rglob("*") if path.is_file()]
+    with mock.patch.object(reading, "data_file", wraps=reading.data_file) as data_file:
+        read_task(root, task, split)
+    return [root / call.args[0] / call.args[1] for call in data_file.call_args_list]
 
 
 def _write_bfcl(folder: Path) -> None:

@@ -68,6 +68,7 @@ TARGETS: Mapping[str, Target] = {
     "t5x": Target(
         several(apart=model_files.make_t5x, scanned=model_files.make_t5x_scanned),
         model_files.load_t5x,
+        in_suite=15,
     ),
     "adapter": Target(adapter_files.make_adapters, adapter_files.load_one_adapter),
     "peft": Target(adapter_files.make_peft, adapter_files.load_peft),

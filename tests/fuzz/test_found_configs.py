@@ -59,10 +59,11 @@ def test_results_that_are_nested_too_deeply(tmp_path):
     )
 
 
-def test_statistics_that_are_no_numbers(tmp_path):
+@pytest.mark.parametrize("value", [{"a": 1}, 10**400, "x"])
+def test_statistics_that_are_no_numbers(value, tmp_path):
     run = synthetic_runs.make_run(tmp_path / "run", routers=True)
     report = json.loads((run / "router_test.json").read_text())
-    report["projections"]["mlp/down"]["gate_entropy"] = [{"a": 1}]
+    report["projections"]["mlp/down"]["gate_entropy"] = [value]
     (run / "router_test.json").write_text(json.dumps(report))
     named = (run / "router_test.json", "mlp/down: gate_entropy")
     assert_mistake(DataError, lambda: run_results.read_runs({"a": run}), *named)

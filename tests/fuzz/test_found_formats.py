@@ -11,6 +11,7 @@ from flax import serialization
 
 import tasks
 from sira_jax.checkpoints import load_base_model, t5x
+from sira_jax.checkpoints.t5_tokenizer import tokenizer_from_spiece
 from sira_jax.errors import (
     DataError,
     ModelFileError,
@@ -158,6 +159,26 @@ def test_tokenizer_config_json(settings, tmp_path):
     path = made(tokenizer_files.make_json_tokenizers, tmp_path / "t") / "bpe" / "tokenizer.json"
     (path.parent / "tokenizer_config.json").write_text(settings)
     assert_mistake(DataError, lambda: tasks.make_vocabulary(f"tokenizers:{path}"), path.parent)
+
+
+@pytest.mark.parametrize("prefix", [None, "##"])
+@pytest.mark.parametrize("merge", [["1", "x" * 60], "1 " + "x" * 60, ["1", ""]])
+def test_merges_that_make_tokenizers_panic(merge, prefix, tmp_path):
+    path = made(tokenizer_files.make_json_tokenizers, tmp_path / "t") / "bpe" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["merges"] = [merge]
+    content["model"]["continuing_subword_prefix"] = prefix
+    content["model"]["vocab"]["x" * 60] = 1000
+    path.write_text(json.dumps(content))
+    if merge == ["1", ""] and prefix is None:  # makes "1"
+        return
+    assert_mistake(DataError, lambda: tasks.make_vocabulary(f"tokenizers:{path}"), path, "merge")
+
+
+def test_a_piece_that_is_no_text():
+    model = spiece.train().replace(b"<unk>", b"\xffunk>")
+    named = ("m.model", "no UTF-8")
+    assert_mistake(ModelFileError, lambda: tokenizer_from_spiece("m.model", model, 256), *named)
 
 
 @pytest.mark.parametrize(
