@@ -4,8 +4,12 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-all test-faults test-t5x lint format parity-setup t5x-setup precompile-setup clean
+.PHONY: help setup demo test test-all test-faults test-fuzz test-t5x lint format parity-setup t5x-setup precompile-setup clean
+.PHONY: docs docs-serve notebooks notebooks-setup
 .PHONY: table-single table-multilingual table-multitask table-ablations
+
+FUZZ_SECONDS ?= 300
+FUZZ_SEED ?= 0
 
 # Of the tables: SCALE is laptop, paper or paper-SIZE; the same command goes on after a stop.
 SCALE ?= laptop
@@ -29,17 +33,32 @@ demo: $(READY)  ## fine-tune SmolLM2-135M with LoRA and SiRA on real data and pr
 
 test: $(READY)  ## lint and the test suite (under 10 minutes on 2 cores)
 	@$(MAKE) --no-print-directory lint
-	@$(PY) -m pytest -n 2 -m "not slow and not parity and not faults"
+	@$(PY) -m pytest -n 2 -m "not slow and not parity and not faults and not fuzz"
 
-test-all: $(READY)  ## everything, the slow checks too; parity checks run where torch is installed
+test-all: notebooks-setup  ## everything, the slow checks and notebooks too; parity checks run where torch is installed
 	@$(MAKE) --no-print-directory lint
-	@$(PY) -m pytest -n 2 -m "not faults"
+	@$(PY) -m pytest -n 2 -m "not faults and not fuzz"
 
 test-faults: $(READY)  ## kill runs, fill disks, damage checkpoints: docs/reliability.md; FAULTS_ROUNDS=20 FAULTS_SEED=0
 	@$(PY) -m pytest -n 0 -v -m faults tests/faults
 
+test-fuzz: $(READY)  ## damage files of every format at random for FUZZ_SECONDS, and read them
+	@FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_SEED=$(FUZZ_SEED) $(PY) -m pytest -n 0 -m fuzz -s tests/fuzz
+
 parity-setup: $(READY)  ## install torch (CPU) and transformers, for the parity tests
 	$(PY) -m pip install --disable-pip-version-check -q -e '.[parity]'
+
+docs: $(READY)  ## build the documentation's site into site/; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+docs-serve: $(READY)  ## show the site at http://127.0.0.1:8000, built anew when a page changes
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs serve --watch CHANGELOG.md --watch scripts/docs
+
+notebooks-setup: $(READY)  ## install what runs the notebooks of docs/notebooks
+	@$(PY) -m pip install --disable-pip-version-check -q -e '.[notebooks]'
+
+notebooks: notebooks-setup  ## run the notebooks and keep what they print and draw; minutes
+	@$(PY) scripts/docs/run_notebooks.py
 
 t5x-setup: $(READY)  ## install what T5X imports from PyPI; T5X itself is not there, see docs/t5x.md
 	$(PY) -m pip install --disable-pip-version-check -q -e '.[t5x]'
@@ -80,4 +99,4 @@ format: $(READY)  ## reformat and apply the safe fixes
 	@$(VENV)/bin/ruff format .
 
 clean:  ## delete caches and run directories (not .venv)
-	rm -rf .pytest_cache .ruff_cache .hypothesis runs build *.egg-info
+	rm -rf .pytest_cache .ruff_cache .hypothesis runs build site *.egg-info

@@ -45,7 +45,9 @@ def get_config() -> ConfigDict:
     )
     config.model.dtype = "float32"  # Type of the computation; bfloat16 on accelerators.
     config.model.param_dtype = "float32"  # Type the frozen base is held in.
-    config.model.remat_policy = "none"  # none | full | dots | dots_no_batch: memory against time.
+    config.model.remat_policy = (
+        "none"  # none | full | projections | dots | dots_no_batch: memory against time.
+    )
     config.model.scan_layers = True  # One compiled block for all layers.
     config.model.quantization = "none"  # none | int8 | int4 | nf4, of the frozen projections.
 

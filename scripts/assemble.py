@@ -3,7 +3,6 @@
 `Plan` holds what can be known without loading weights or data, so that a script finds mistakes first.
 """
 
-import json
 import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +14,10 @@ from ml_collections import ConfigDict
 
 import tasks
 from scripts.base_models import find_model, load_base
+from sira_jax import json_text
 from sira_jax.checkpoints import BaseModel, fingerprint, read_base_model
 from sira_jax.errors import CheckpointError, ConfigError, DataError, check
+from sira_jax.files import read_bytes
 from sira_jax.models import DecoderConfig, EncoderDecoderConfig, Model, make_model
 from sira_jax.quantized import check_available
 from sira_jax.training import loop, multihost, partitioning
@@ -42,13 +43,17 @@ def read_experiment(config: ConfigDict | None, workdir: str | None) -> Experimen
         raise ConfigError("--config=FILE or --workdir=DIR is needed")
     path = Path(workdir) / loop.CONFIG_FILE
     try:
-        return make_experiment(json.loads(path.read_text())["config"])
+        fields = json_text.parse(read_bytes(path))["config"]
     except FileNotFoundError:
         raise ConfigError(
             f"--workdir={workdir}: has no {loop.CONFIG_FILE}; give --config"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
+    try:
+        return make_experiment(fields)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 class Plan:
@@ -115,6 +120,7 @@ class Plan:
         self.template = tasks.make_template(
             data.template,
             chat_template=self.base.chat_template,
+            origin=self.base.source,
             bos_token=self._token_text(special.bos_id) if own else "",
             eos_token=self._token_text(self.vocabulary.eos_id),
         )
@@ -385,5 +391,9 @@ def _make_vocabulary(spec: str, base: BaseModel) -> tasks.vocabularies.Vocabular
     eos_id = special.eos_ids[0] if special.eos_ids else None
     pad_id = special.pad_id if special.pad_id is not None else (eos_id or 0)
     return tasks.vocabularies.TokenizersVocabulary(
-        base.tokenizer_json, eos_id=eos_id, bos_id=special.bos_id, pad_id=pad_id
+        base.tokenizer_json,
+        eos_id=eos_id,
+        bos_id=special.bos_id,
+        pad_id=pad_id,
+        origin=base.source,
     )

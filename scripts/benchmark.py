@@ -4,6 +4,8 @@
   python scripts/benchmark.py --kind=layer --sizes=2048 --ranks=4,16 --ks=1,4 --num_experts=32
   python scripts/benchmark.py --kind=step --num_layers=8 --emb_dim=512 --mlp_dim=1408
   python scripts/benchmark.py --kind=methods --candidates=molora,malora:num_experts=16:rank=34:shared_dim=36
+  python scripts/benchmark.py --kind=scaling --rows=2,4,8,16 --experts=8,16,32,64 --plot=scaling.png
+  python scripts/benchmark.py --kind=data --mixture=cldr_sw
 
 The compared sides take turns within one run, so that their ratios hold on a busy machine; times are medians.
 """
@@ -16,23 +18,26 @@ from pathlib import Path
 import jax
 from absl import flags
 
+from scripts.benchmark_data import run_data_benchmark
 from scripts.benchmark_layer import (
     ALGORITHMS,
     keep_freed_memory,
     run_layer_benchmark,
 )
+from scripts.benchmark_scaling import plot_scaling, run_scaling_benchmark
 from scripts.benchmark_step import method_adapters, run_step_benchmark, step_adapters
 from scripts.cli import run_main
 from scripts.table import format_rows
-from sira_jax.adapters import METHODS, AdapterConfig
+from sira_jax.adapters import METHODS, AdapterConfig, SiRAConfig
 from sira_jax.errors import check
 from sira_jax.models import DecoderConfig
 
 KIND = flags.DEFINE_enum(
     "kind",
     "layer",
-    ["layer", "step", "methods"],
-    "One projection; training steps of SiRA's dispatch algorithms and LoRAs; or of all methods with their defaults.",
+    ["layer", "step", "methods", "scaling", "data"],
+    "One projection; training steps of SiRA's dispatch algorithms and LoRAs; of all methods with their defaults; of SiRA"
+    " against tokens and experts; or on real data and a fixed batch.",
 )
 OUT = flags.DEFINE_string("out", None, "Also write the rows to this JSON file.")
 REPEATS = flags.DEFINE_integer("repeats", 7, "Rounds.", lower_bound=1)
@@ -54,6 +59,10 @@ HEADS = flags.DEFINE_integer("num_heads", 8, "step: heads.", lower_bound=1)
 MLP_DIM = flags.DEFINE_integer("mlp_dim", 1408, "step: width of the MLP.", lower_bound=1)
 BATCH = flags.DEFINE_integer("batch_size", 8, "step: rows.", lower_bound=1)
 LENGTH = flags.DEFINE_integer("length", 128, "step: tokens a row.", lower_bound=1)
+ROWS = flags.DEFINE_list("rows", ["2", "4", "8", "16"], "scaling: rows of a batch.")
+EXPERTS = flags.DEFINE_list("experts", ["8", "16", "32", "64"], "scaling: numbers of experts.")
+PLOT = flags.DEFINE_string("plot", None, "scaling: also draw a PNG file.")
+MIXTURE = flags.DEFINE_string("mixture", "cldr_sw", "data: a mixture or a task.")
 
 
 def _numbers(flag) -> list[int]:
@@ -66,7 +75,8 @@ def main(argv: list[str]) -> None:
     """Runs the benchmark."""
     del argv
     keep_freed_memory()
-    rows = _layer() if KIND.value == "layer" else _step(_adapters())
+    kinds = {"layer": _layer, "scaling": _scaling, "data": _data}
+    rows = kinds.get(KIND.value, lambda: _step(_adapters()))()
     print(format_rows(rows))
     if OUT.value:
         machine = {
@@ -107,9 +117,34 @@ def _adapters() -> dict[str, AdapterConfig]:
     return {name: known[name] for name in CANDIDATES.value or known}
 
 
-def _step(adapters: dict[str, AdapterConfig]) -> list[dict]:
+def _sira() -> SiRAConfig:
+    (rank, *_), (k, *_) = _numbers(RANKS), _numbers(KS)
+    return SiRAConfig(num_experts=NUM_EXPERTS.value, rank=rank, num_selected_experts=k)
+
+
+def _scaling() -> list[dict]:
+    rows = run_scaling_benchmark(
+        _model(),
+        _sira(),
+        _numbers(ROWS),
+        _numbers(EXPERTS),
+        length=LENGTH.value,
+        repeats=REPEATS.value,
+        log=print,
+    )
+    if PLOT.value:
+        plot_scaling(rows, Path(PLOT.value))
+    return rows
+
+
+def _data() -> list[dict]:
+    sizes = {"batch_size": BATCH.value, "length": LENGTH.value, "repeats": REPEATS.value}
+    return run_data_benchmark(_model(), _sira(), MIXTURE.value, **sizes)
+
+
+def _model() -> DecoderConfig:
     heads = HEADS.value
-    config = DecoderConfig(
+    return DecoderConfig(
         vocab_size=VOCAB.value,
         emb_dim=EMB.value,
         num_layers=LAYERS.value,
@@ -119,8 +154,11 @@ def _step(adapters: dict[str, AdapterConfig]) -> list[dict]:
         mlp_dim=MLP_DIM.value,
         dtype=DTYPE.value,
     )
+
+
+def _step(adapters: dict[str, AdapterConfig]) -> list[dict]:
     return run_step_benchmark(
-        config,
+        _model(),
         adapters,
         batch_size=BATCH.value,
         length=LENGTH.value,

@@ -8,7 +8,7 @@ import select
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import app, flags
@@ -163,9 +163,16 @@ def _check_config(argv: list[str]) -> None:
         raise ConfigError(f"--config={path}{line}: {type(error).__name__}: {error}") from None
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"--config={path}: needs a function get_config that returns a ConfigDict")
-    for argument in argv[1:]:
-        if match := re.match(r"--?(?:no)?config\.([\w.]+)", argument):
-            _check_field(config, match[1].split("."))
+    _check_fields(config, argv[1:])
+
+
+def _check_fields(config: ConfigDict, arguments: Sequence[str]) -> None:
+    """Raises ConfigError for an argument --config.FIELD whose field the config does not have."""
+    for argument in arguments:
+        if match := re.match(r"--?(?:no)?config\.([^=]*)", argument):
+            # A place in a tuple, NAME[0], is of the field NAME.
+            names = re.sub(r"\[-?\d+\]$", "", match[1]).split(".")
+            _check_field(config, names)
 
 
 def _check_field(config: ConfigDict, names: list[str]) -> None:

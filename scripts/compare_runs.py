@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from scripts.run_results import SUMMARY_FILE
+from sira_jax import json_text
 from sira_jax.errors import CheckpointError, ConfigError, DataError
-from sira_jax.files import write_text
+from sira_jax.files import read_bytes, write_text
 from sira_jax.training import loop
 from sira_jax.training.config import ExperimentConfig, make_experiment
 from sira_jax.training.resumable import check_resumable
@@ -89,7 +90,7 @@ class RunSpec:
 def read_json(path: Path) -> Any | None:
     """The content of a JSON file, None where there is none that can be read."""
     try:
-        return json.loads(path.read_text())
+        return json_text.parse(read_bytes(path))
     except (OSError, ValueError):
         return None
 
@@ -129,7 +130,7 @@ def load_plan(workdir: Path) -> tuple[dict[str, Any], dict[str, list[RunSpec]]]:
             for method, runs in plan["runs"].items()
         }
         return plan["settings"], by_method
-    except (ConfigError, KeyError, TypeError, ValueError) as error:
+    except (ConfigError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: is damaged or of another version: {error}") from None
 
 

@@ -17,7 +17,6 @@ there is no --config. A line of a .jsonl file is {"prompt": "...", "adapter": "s
 """
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from ml_collections import config_flags
 
 from scripts import adapters, assemble
 from scripts.cli import run_main
+from sira_jax import json_text
 from sira_jax.errors import ConfigError, DataError, SiraError
 from sira_jax.models import make_model
 from sira_jax.training.adapter_bank import BASE
@@ -172,9 +172,9 @@ def _read_requests(names: Sequence[str]) -> list[Request] | None:
 def _read_object(line: str, where: str, names: Sequence[str]) -> Request:
     """A line of a .jsonl file."""
     try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: is no JSON ({error.msg})") from None
+        fields = json_text.parse(line)
+    except ValueError as error:
+        raise DataError(f"{where}: is no JSON ({error})") from None
     if not isinstance(fields, dict) or not fields.keys() <= {"prompt", "adapter"}:
         raise DataError(f'{where}: is not {{"prompt": TEXT, "adapter": NAME}}')
     prompt = fields.get("prompt")

@@ -245,7 +245,7 @@ class Counter:
         return self._bytes(*distinct), self._bytes(result)
 
     def _read_of_parameter(self, inside: Computation, value: Instruction) -> float:
-        """What a fused computation reads of a parameter in main memory, or of a `bitcast` of one."""
+        """What a fused computation reads of a parameter in main memory, or of another name for one."""
         whole = _size(value.type)
         read = 0.0
         for user in inside.users[value.name]:
@@ -259,11 +259,11 @@ class Counter:
                 read += self._read_of_parameter(inside, user)
             elif user.opcode == "fusion":
                 nested = self._module.called(user, "calls")
-                read += sum(
-                    self._read_of_parameter(nested, nested.parameters[number])
-                    for number, name in enumerate(user.operands)
-                    if name == value.name
-                )
+                for number, name in enumerate(user.operands):
+                    if name == value.name and _is_view(nested, number):
+                        read += self._read_of_parameter(inside, user)
+                    elif name == value.name:
+                        read += self._read_of_parameter(nested, nested.parameters[number])
             elif not _is_handed_on(inside, user):
                 return whole
         return min(read, whole)
@@ -310,6 +310,14 @@ def _is_handed_on(inside: Computation, user: Instruction) -> bool:
     if user.opcode in COLLECTIVES:
         return not (_is_async(inside.root) and _START in inside.root.attributes)
     return _is_async(user) or (user.opcode == "tuple" and user is inside.root)
+
+
+def _is_view(inside: Computation, number: int) -> bool:
+    """Whether a fused computation does nothing but give a parameter another shape."""
+    value = inside.root
+    while value.opcode == "bitcast":
+        value = inside.instructions[value.operands[0]]
+    return value is inside.parameters[number]
 
 
 def dot_flops(module: Module, dot: Instruction) -> float:

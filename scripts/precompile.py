@@ -50,6 +50,11 @@ def make_parser() -> Parser:
         help="what is compared with the frozen floor",
     )
     add(
+        "--without_floor",
+        action="store_true",
+        help="only the adapters: how much memory and time, not how much over the floor",
+    )
+    add(
         "--programs",
         nargs="+",
         choices=tuple(PROGRAMS),
@@ -87,11 +92,12 @@ def main(args: argparse.Namespace) -> None:
     result: dict[str, Any] = {"arguments": _plain(vars(args)), "chips": chips, "programs": {}}
     for kind in args.programs:
         found: dict[str, Measured] = {}
-        for name, adapter in {report.FLOOR: None, **adapters}.items():
+        floor = {} if args.without_floor else {report.FLOOR: None}
+        for name, adapter in (floor | adapters).items():
             measured = measure(name, PROGRAMS[kind](setting, adapter), setting.mesh, chip)
             found[name] = measured
             data = report.as_data(measured, chip, chips, needed if kind == "train" else None)
-            if name != report.FLOOR:
+            if floor and name != report.FLOOR:
                 data["over_floor"] = report.against(measured, found[report.FLOOR])
             result["programs"].setdefault(kind, {})[name] = data
             print(f"\n{kind}: {report.format_program(data)}", flush=True)
@@ -103,7 +109,7 @@ def main(args: argparse.Namespace) -> None:
             if args.json:
                 write_text(args.json, json.dumps(result, indent=1))
         print()
-        for name in adapters:
+        for name in adapters if floor else ():
             ratios = result["programs"][kind][name]["over_floor"]
             print(f"{kind}: {report.format_ratios(name, ratios)}", flush=True)
 

@@ -1,6 +1,7 @@
 """Compiles a program for a described topology and reads from the result what one chip holds, computes, moves and sends."""
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -17,9 +18,11 @@ from scripts.hlo_costs import Cost, Counter, Run
 from scripts.hlo_text import parse
 from scripts.precompile_programs import Program, Setting
 from sira_jax.models import DecoderConfig, EncoderDecoderConfig
+from sira_jax.routing.joined import PARTS
 
-# Sums of losses and statistics, at most so many bytes, are what a step has to tell, not what it works with.
+# Sums of losses and statistics, at most so many bytes each, are what a step has to tell, not what it works with.
 SMALL = 4096
+_ROUTER = "router"
 # The decoder's projections that read the encoder's tokens.
 _READ_ENCODED = tuple(f"decoder/encoder_decoder_attention/{name}" for name in ("key", "value"))
 
@@ -133,11 +136,20 @@ def _memory(program: Program, compiled: Any) -> Memory:
 
 def _trained_sizes(trained: Any) -> frozenset[int]:
     sizes: set[int] = set()
-    for leaf in jax.tree.leaves(trained):
+    by_module: dict[Any, dict[str, set[int]]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trained):
         shard = leaf.sharding.shard_shape(leaf.shape)
         # A gradient has the shard's size or, where it is cut further to be summed, its whole; of one layer or of all.
-        for shape in (shard, leaf.shape):
-            sizes |= {math.prod(shape), math.prod(shape[1:])}
+        own = {math.prod(part) for shape in (shard, leaf.shape) for part in (shape, shape[1:])}
+        sizes |= own
+        name = path[-1].key if path else ""
+        by_module.setdefault(path[:-1], {})[name] = own
+    for module in by_module.values():
+        # That of a router may be summed in its parts, beside that of A.
+        for router, other in itertools.product(
+            module.get(_ROUTER, ()), set().union(*module.values())
+        ):
+            sizes.add(other + PARTS * router)
     return frozenset(sizes)
 
 
@@ -155,7 +167,7 @@ def beyond_floor(measured: Measured, floor: Measured) -> list[tuple[Collective, 
     """The collectives that the floor lacks, each with what it is: "gradients" of the adapter, "metrics", or "other".
 
     Two are the same if kind, bytes, mesh axes and times agree. What reduces arrays each as large as a trained parameter's
-    gradient sums gradients; what is at most SMALL bytes sums metrics and losses.
+    gradient sums gradients; what has only arrays of at most SMALL bytes sums metrics and losses.
     """
     known: dict[tuple, int] = {}
     for one in floor.collectives:
@@ -176,10 +188,10 @@ def _key(one: Collective) -> tuple:
 
 
 def _purpose(one: Collective, trained: frozenset[int]) -> str:
-    if one.payload <= SMALL:
+    large = [a for a in one.arrays if dataclasses.replace(a, tile=()).nbytes > SMALL]
+    if not large:
         return "metrics"
     reduces = one.kind in ("all-reduce", "reduce-scatter")
-    large = [array for array in one.arrays if array.nbytes > SMALL]
     return "gradients" if reduces and all(a.elements in trained for a in large) else "other"
 
 

@@ -14,7 +14,9 @@ from typing import Any
 import babel
 import numpy as np
 
+from sira_jax import json_text
 from sira_jax.errors import ConfigError, DataError
+from sira_jax.files import read_bytes
 from sira_jax.training.logging import METRICS_FILE, read_metrics
 
 SUMMARY_FILE = "summary.json"
@@ -191,7 +193,7 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
-    summary = json.loads(path.read_text("utf-8"))
+    summary = json_text.parse(read_bytes(path))
     _require(isinstance(summary, dict), "it is no object")
     for field, value in summary.items():
         valid = isinstance(value, str) if field == "method" else _is_number(value)
@@ -200,7 +202,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
 
 
 def _read_evaluation(path: Path, loss: str) -> dict[str, Any]:
-    evaluation = json.loads(path.read_text("utf-8"))
+    evaluation = json_text.parse(read_bytes(path))
     _require(isinstance(evaluation, dict), "it is no object")
     for section in ("examples", "losses", "scores", "mean"):
         _require(isinstance(evaluation.get(section), dict), f"it has no object {section!r}")
@@ -221,12 +223,12 @@ def _read_evaluation(path: Path, loss: str) -> dict[str, Any]:
 
 def _read_predictions(path: Path) -> dict[tuple[str, str, str], str]:
     predictions = {}
-    for number, line in enumerate(path.read_text("utf-8").split("\n"), start=1):
+    for number, line in enumerate(read_bytes(path).decode("utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
+            record = json_text.parse(line)
+        except ValueError as error:
             raise DataError(f"line {number}: {error}") from error
         _require(isinstance(record, dict), f"line {number}: it is no object")
         for field in ("task", "input", "target", "prediction"):
@@ -237,7 +239,7 @@ def _read_predictions(path: Path) -> dict[tuple[str, str, str], str]:
 
 
 def _read_router(path: Path) -> Router:
-    report = json.loads(path.read_text("utf-8"))
+    report = json_text.parse(read_bytes(path))
     valid = isinstance(report, dict) and isinstance(report.get("tasks"), list)
     _require(valid, "it has no list 'tasks'")
     projections = report.get("projections")
@@ -247,7 +249,7 @@ def _read_router(path: Path) -> Router:
     for name in sorted(projections, key=_layer_order):
         _require(isinstance(projections[name], dict), f"{name}: it is no object")
         statistics = {
-            field: np.asarray(values, np.float64)
+            field: _numbers(f"{name}: {field}", values)
             for field, values in projections[name].items()
             if field in _ROUTER_RANKS
         }
@@ -268,6 +270,13 @@ def _read_router(path: Path) -> Router:
             _require(valid, f"{name}: {field} has the shape {values.shape}")
         found.append(Projection(name, statistics))
     return Router(tasks, tuple(found))
+
+
+def _numbers(name: str, values: Any) -> np.ndarray:
+    try:
+        return np.asarray(values, np.float64)
+    except (OverflowError, TypeError, ValueError) as error:
+        raise DataError(f"{name} is no array of numbers ({error})") from None
 
 
 def _layer_order(name: str) -> tuple[int, str]:

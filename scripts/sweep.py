@@ -11,6 +11,7 @@ with one file system, may work on one sweep: each run is one process's. The dire
 run) and NAME/ (run directories); docs/experiments.md says how a sweep file is written.
 """
 
+import fnmatch
 import os
 import signal
 import subprocess
@@ -38,7 +39,9 @@ SWEEP = flags.DEFINE_string(
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "The sweep's directory.")
 WORKERS = flags.DEFINE_integer("workers", 1, "Runs at once on this machine.", lower_bound=1)
-ONLY = flags.DEFINE_list("only", [], "Names of the runs to do; default: all.")
+ONLY = flags.DEFINE_list(
+    "only", [], "Names of the runs to do, * for any text, as in swahili/*; default: all."
+)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only print the runs and where each is.")
 STATUS = flags.DEFINE_bool("status", False, "Only print where each run of --workdir is.")
 SET = flags.DEFINE_multi_string("set", [], "FIELD=VALUE for all runs, FIELD dotted; repeatable.")
@@ -140,9 +143,12 @@ def _status(runs: Sequence[SweepRun]) -> int:
 
 def _chosen(sweep: Sweep) -> list[SweepRun]:
     known = {run.name: run for run in sweep.runs}
-    for name in ONLY.value:
-        check(name in known, "--only", name, f"runs of the sweep: {', '.join(known)}")
-    return [known[name] for name in ONLY.value] or list(sweep.runs)
+    chosen: dict[str, SweepRun] = {}
+    for pattern in ONLY.value:
+        names = [pattern] if pattern in known else fnmatch.filter(known, pattern)
+        check(bool(names), "--only", pattern, f"runs of the sweep: {', '.join(known)}")
+        chosen |= {name: known[name] for name in names}
+    return list(chosen.values() if ONLY.value else known.values())
 
 
 def _write_jobs(runs: Sequence[SweepRun], workdir: Path) -> None:

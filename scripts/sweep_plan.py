@@ -149,6 +149,8 @@ def load_sweep(workdir: Path) -> Sweep:
             _spec(run["name"], run["config"], run["overrides"], run["experiment"], workdir)
             for run in plan["runs"]
         ]
+        for run in runs:
+            _check_name(run.label, str(path))
         return Sweep(plan["sweep"], tuple(runs), plan["same"])
     except (ConfigError, KeyError, TypeError) as error:
         raise DataError(f"{path}: is damaged or of another version: {error}") from None
@@ -228,12 +230,7 @@ def _make_run(
     if not isinstance(config, str):
         raise ConfigError(f"{what}: has no {CONFIG_KEY!r}, and the file has no CONFIG")
     name = overrides.pop(NAME_KEY, None) or _name(config, overrides)
-    parts = name.split("/") if isinstance(name, str) else [""]
-    if not all(_PART.fullmatch(part) for part in parts):
-        raise ConfigError(
-            f"{what}: {NAME_KEY}={name!r} is not allowed: letters, digits and . _ + = - in parts"
-            " that begin with a letter or digit, joined by /"
-        )
+    _check_name(name, what)
     path, colon, argument = config.partition(":")
     get_config = _load(path, f"{what}: {CONFIG_KEY}").get("get_config")
     if not callable(get_config):
@@ -247,6 +244,16 @@ def _make_run(
         return _spec(name, config, overrides, filled.to_dict(), workdir)
     except ConfigError as error:
         raise ConfigError(f"{what} ({name}): {error}") from None
+
+
+def _check_name(name: Any, what: str) -> None:
+    """Raises ConfigError unless a run can be called so: its directory then lies in the sweep's."""
+    parts = name.split("/") if isinstance(name, str) else [""]
+    if not all(_PART.fullmatch(part) for part in parts):
+        raise ConfigError(
+            f"{what}: {NAME_KEY}={name!r} is not allowed: letters, digits and . _ + = - in parts"
+            " that begin with a letter or digit, joined by /"
+        )
 
 
 def _override(config: ConfigDict, overrides: Mapping[str, Any], what: str) -> None:

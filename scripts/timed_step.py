@@ -36,10 +36,10 @@ class TimedStep:
         self.first_metrics: dict[str, Any] | None = None
         self.state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
-    def run(self) -> float:
-        """Takes one step and returns its seconds."""
+    def run(self, batch: Mapping[str, jax.Array] | None = None) -> float:
+        """Takes one step, on `batch` if it is given, and returns its seconds."""
         start, cpu_start = time.perf_counter(), time.process_time()
-        self._state, metrics = self._step(self._state, self._frozen, self._batch)
+        self._state, metrics = self._step(self._state, self._frozen, batch or self._batch)
         jax.block_until_ready((self._state, metrics))
         seconds = time.perf_counter() - start
         self.cpu_seconds.append(time.process_time() - cpu_start)

@@ -4,11 +4,34 @@ Scripts print that line and exit with status 2 (see `scripts/cli.py`); any other
 stack trace.
 """
 
-import math
+_LARGEST_FLOAT32 = 3.4028234663852886e38
+LONGEST_MESSAGE = 1000  # characters; of a longer one the middle is left out
 
 
 class SiraError(Exception):
-    """Base class of every error a user can cause and mend."""
+    """Base class of every error a user can cause and mend.
+
+    The message is one line of printable text whatever the file or the value that it shows holds.
+    """
+
+    def __init__(self, message: object = ""):
+        super().__init__(_one_line(str(message)))
+
+
+def _one_line(text: str) -> str:
+    """Line ends become spaces, other characters that cannot be printed their escapes."""
+    text = _shortened(text)
+    if text.isprintable():
+        return text
+    spaced = " ".join(text.splitlines())
+    return _shortened("".join(c if c.isprintable() else ascii(c)[1:-1] for c in spaced))
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= LONGEST_MESSAGE:
+        return text
+    part = LONGEST_MESSAGE // 2 - 10
+    return f"{text[:part]} [...] {text[-part:]}"
 
 
 class ConfigError(SiraError, ValueError):
@@ -53,9 +76,9 @@ def is_whole_number(value: object) -> bool:
 
 
 def is_finite_number(value: object) -> bool:
-    """Whether a field holds a number that is neither infinite nor NaN."""
+    """Whether a field holds a number that is neither infinite nor NaN, and stays so in float32, in which it is used."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
+    return is_number and abs(value) <= _LARGEST_FLOAT32
 
 
 def check(condition: bool, field: str, value: object, allowed: str) -> None:

@@ -1,8 +1,9 @@
-"""Writing files so that a reader, or a run that was killed, never finds half of one."""
+"""Opening files that others name, and writing files so that a reader, or a run that was killed, never finds half of one."""
 
 import contextlib
 import errno
 import os
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +36,36 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
         if error.errno not in STORAGE_ERRORS:
             raise
         raise StorageError(f"{os.fspath(path)}: cannot be written: {error.strerror}") from error
+
+
+def open_binary(path: str | os.PathLike, buffering: int = -1) -> BinaryIO:
+    """Opens a regular file for reading; links to one are followed.
+
+    Pipes would wait for a writer and devices may never end.
+
+    Raises:
+      OSError: with `strerror`, if it cannot be opened, its name is none that a file can have, or it is no regular file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:  # a NUL, or half of a pair of surrogates
+        raise OSError(errno.EINVAL, f"no file can have this name: {error}", path) from None
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "no regular file", path)
+        return open(descriptor, "rb", buffering=buffering)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """The content of a regular file; raises as `open_binary`."""
+    with open_binary(path) as file:
+        return file.read()
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:

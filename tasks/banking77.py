@@ -25,11 +25,14 @@ def _example(row: list[str]) -> specs.Example:
 def read_file(path: Path) -> list[specs.Example]:
     """The examples of one file. Raises DataError where it is damaged."""
     reader = csv.reader(io.StringIO(reading.read_text(path), newline=""))
-    header = next(reader, None)
-    if header != COLUMNS:
-        raise DataError(f"{path}, line 1: {header} where the columns {COLUMNS} should be")
-    # A quoted cell may run over lines: a row is named by its last one.
-    return reading.parse_rows(path, ((reader.line_num, row) for row in reader if row), _example)
+    try:
+        header = next(reader, None)
+        if header != COLUMNS:
+            raise DataError(f"{path}, line 1: {header} where the columns {COLUMNS} should be")
+        # A quoted cell may run over lines: a row is named by its last one.
+        return reading.parse_rows(path, ((reader.line_num, row) for row in reader if row), _example)
+    except csv.Error as error:  # a cell of more than 128 KiB, as where a quote is missing
+        raise DataError(f"{path}, line {reader.line_num}: {error}") from None
 
 
 def load(split: str) -> list[specs.Example]:

@@ -17,12 +17,12 @@ defined without the files; only loading needs them.
 
 import functools
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sira_jax import json_text
 from sira_jax.errors import DataError
 from tasks import data_files, reading, specs
 from tasks.download import cache_root
@@ -89,7 +89,7 @@ def _read_json_lines(path: Path, fields: Mapping[str, type]) -> Iterator[tuple[i
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8"))
+            row = json_text.parse(line)
         except ValueError:
             damaged.append(number)
             continue
@@ -125,10 +125,10 @@ def read_file(path: Path) -> list[Record]:
             if row["id"] not in answers:
                 raise DataError(f"no answer for id {row['id']!r} in {answer_path.name}")
             record = _record(row, answers[row["id"]])
+            if matches(canonical_call(record.answers), record.answers):
+                records.append(record)
         except DataError as error:
             raise DataError(f"{path}, line {number}: {error}") from None
-        if matches(canonical_call(record.answers), record.answers):
-            records.append(record)
     return records
 
 

@@ -20,7 +20,10 @@ FILES: Mapping[str, str] = {"train": "train.json", "validation": "dev.json", "te
 def _facts(qa: Mapping) -> list[str]:
     retrieved = qa.get("model_input")
     if retrieved:
-        if not all(isinstance(fact, list) and len(fact) == 2 for fact in retrieved):
+        are_listed = isinstance(retrieved, list)
+        if not are_listed or not all(
+            isinstance(fact, list) and len(fact) == 2 for fact in retrieved
+        ):
             raise DataError("qa.model_input is no list of [name, text]")
         facts = [fact[1] for fact in retrieved]
     else:

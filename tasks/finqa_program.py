@@ -67,7 +67,8 @@ def _reference(text: str, step: int) -> int | None:
     """k of `#k`, None for other arguments. Raises ProgramError where step k is not an earlier one."""
     if not text.startswith("#"):
         return None
-    if not text[1:].isdecimal() or int(text[1:]) >= step:
+    # Python refuses to read a number of thousands of digits.
+    if not text[1:].isdecimal() or len(text) > 10 or int(text[1:]) >= step:
         raise ProgramError(f"{text!r} in step {step} is no earlier step")
     return int(text[1:])
 

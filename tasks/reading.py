@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from sira_jax import files, json_text
 from sira_jax.errors import DataError
 from tasks import data_files
 from tasks.download import cache_root
@@ -65,7 +66,7 @@ def read_bytes(path: Path) -> bytes:
     """The content of a file, in a few attempts where a network file system fails. Raises DataError where it cannot be read."""
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            return path.read_bytes()
+            return files.read_bytes(path)
         except OSError as error:
             if error.errno not in _PASSING:
                 raise DataError(f"{path}: {error.strerror}") from None
@@ -161,7 +162,7 @@ def read_json_lines(path: Path, parse: Callable[[Mapping], Example | None]) -> l
 
     def parse_line(line: bytes) -> Example | None:
         try:
-            row = json.loads(line.decode("utf-8-sig"))
+            row = json_text.parse(line.decode("utf-8-sig"))
         except ValueError as error:
             raise DataError(f"no JSON ({error})") from None
         return parse(_object(row))
@@ -175,9 +176,11 @@ def read_json_lines(path: Path, parse: Callable[[Mapping], Example | None]) -> l
 def read_json(path: Path, *, fallback: str | None = None) -> object:
     """The value of a JSON file. Raises DataError that names the line where it is none."""
     try:
-        return json.loads(read_text(path, fallback=fallback))
+        return json_text.parse(read_text(path, fallback=fallback))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}: no JSON ({error.msg})") from None
+    except ValueError as error:
+        raise DataError(f"{path}: no JSON ({error})") from None
 
 
 def read_json_list(path: Path, parse: Callable[[Mapping], Example | None]) -> list[Example]:

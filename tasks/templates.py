@@ -38,12 +38,14 @@ class ChatTemplate:
       source: the model's `chat_template`, in Jinja, which runs in Jinja's sandbox.
       system: the system message; None leaves it to the template.
       bos_token, eos_token: texts the template may refer to.
+      origin: whose template it is, for messages.
     """
 
     source: str
     system: str | None = None
     bos_token: str = ""
     eos_token: str = ""
+    origin: str = ""
     _render: Callable[..., str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
@@ -53,13 +55,16 @@ class ChatTemplate:
         try:
             template = environment.from_string(self.source)
         except jinja2.TemplateSyntaxError as error:
-            raise ConfigError(f"chat_template, line {error.lineno}: {error.message}") from None
+            raise ConfigError(f"{self._name}, line {error.lineno}: {error.message}") from None
         object.__setattr__(self, "_render", template.render)
 
+    @property
+    def _name(self) -> str:
+        return f"{self.origin}: chat_template" if self.origin else "chat_template"
+
     def __getstate__(self):
-        return {
-            name: getattr(self, name) for name in ("source", "system", "bos_token", "eos_token")
-        }
+        fields = ("source", "system", "bos_token", "eos_token", "origin")
+        return {name: getattr(self, name) for name in fields}
 
     def __setstate__(self, state):
         for name, value in state.items():
@@ -78,7 +83,7 @@ class ChatTemplate:
                 eos_token=self.eos_token,
             )
         except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
-            raise ConfigError(f"chat_template cannot be rendered: {error}") from None
+            raise ConfigError(f"{self._name} cannot be rendered: {error}") from None
 
 
 def _raise(message: str) -> None:
@@ -92,6 +97,7 @@ def make_template(
     system: str | None = None,
     bos_token: str = "",
     eos_token: str = "",
+    origin: str = "",
 ) -> PromptTemplate | None:
     """The template "none" (the text itself, as for encoder-decoder models), "plain" or "chat".
 
@@ -104,5 +110,5 @@ def make_template(
     if name == "chat":
         if not chat_template:
             raise ConfigError("template='chat' is not allowed: this model has no chat_template")
-        return ChatTemplate(chat_template, system, bos_token, eos_token)
+        return ChatTemplate(chat_template, system, bos_token, eos_token, origin)
     raise ConfigError(f"template={name!r} is not allowed: use none, plain or chat")

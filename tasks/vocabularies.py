@@ -6,17 +6,22 @@ adds ids of its own: bos and eos are the caller's to add.
 """
 
 import abc
+import contextlib
 import hashlib
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sentencepiece
 import tokenizers
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
 
+from sira_jax import json_text
 from sira_jax.errors import DataError
+from sira_jax.files import read_bytes
+from sira_jax.tokenizer_text import check_charsmap, library_errors, make_tokenizer
 
 if TYPE_CHECKING:
     import seqio
@@ -115,6 +120,7 @@ class SentencePieceVocabulary(Vocabulary):
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         data = _read(self.path, "SentencePiece model")
+        _check_pieces(self.path, data)
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(data)
@@ -155,6 +161,7 @@ class TokenizersVocabulary(Vocabulary):
       tokenizer_json: a tokenizer.json, its text or its path.
       eos_id, bos_id, unk_id, pad_id: special ids, which a tokenizer.json does not state.
       skip_special_tokens: whether `decode` leaves out special tokens.
+      origin: where the tokenizer is from, for messages; its path unless given.
 
     Raises:
       DataError: the file is missing or no tokenizer, or an id is not one of its ids.
@@ -169,25 +176,35 @@ class TokenizersVocabulary(Vocabulary):
         unk_id: int | None = None,
         pad_id: int = 0,
         skip_special_tokens: bool = True,
+        origin: str = "",
     ):
         self.tokenizer_json, self._tokenizer = _load_tokenizer(tokenizer_json)
+        is_text = self.tokenizer_json is tokenizer_json
+        self._origin = origin or ("tokenizer_json" if is_text else os.fspath(tokenizer_json))
         # Limits stored in the file would cut or pad examples behind our back.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._skip_special_tokens = skip_special_tokens
-        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        if not ids:
+            raise DataError(f"{self._origin} is not a tokenizer: it has no tokens")
+        self.vocab_size = 1 + max(ids)
         self.eos_id, self.bos_id, self.unk_id, self.pad_id = eos_id, bos_id, unk_id, pad_id
         for name in ("eos_id", "bos_id", "unk_id", "pad_id"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < self.vocab_size:
-                raise DataError(f"{name}={value} is not allowed: 0 to {self.vocab_size - 1}")
+                raise DataError(
+                    f"{self._origin}: {name}={value} is not allowed: 0 to {self.vocab_size - 1}"
+                )
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        with _library_errors(self._origin):
+            encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens)
+        with _library_errors(self._origin):
+            return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens)
 
     def id_to_text(self, token_id: int) -> str:
         # Byte-level tokens are shown as text, a token that is a part of a character by its piece.
@@ -210,6 +227,16 @@ class TokenizersVocabulary(Vocabulary):
             pad_id=self.pad_id,
             skip_special_tokens=self._skip_special_tokens,
         )
+
+
+@contextlib.contextmanager
+def _library_errors(origin: str) -> Iterator[None]:
+    """Turns what the tokenizers library raises, as where the unknown token is not in the vocabulary, into a DataError."""
+    try:
+        with library_errors():
+            yield
+    except ValueError as error:
+        raise DataError(f"{origin}: the tokenizer cannot be used: {error}") from None
 
 
 class _SeqioAdapter(Vocabulary):
@@ -247,19 +274,27 @@ def _load_tokenizer(source: str | os.PathLike) -> tuple[str, tokenizers.Tokenize
         except UnicodeDecodeError:
             raise DataError(f"{name} is not a tokenizer: it is not UTF-8 text") from None
     try:
-        return text, tokenizers.Tokenizer.from_str(text)
-    except Exception as error:
-        # The library has no class of its own: it raises Exception itself for every bad file.
-        if type(error) is not Exception:
-            raise
+        return text, make_tokenizer(text)
+    except ValueError as error:
         raise DataError(f"{name} is not a tokenizer: {error}") from None
 
 
 def _read(path: Path, what: str) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path)
     except OSError as error:
         raise DataError(f"cannot read the {what} {path}: {error.strerror}") from None
+
+
+def _check_pieces(path: Path, data: bytes) -> None:
+    """Raises DataError for what the library would read without a look at its range."""
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(data)
+        if proto.normalizer_spec.precompiled_charsmap:
+            check_charsmap(proto.normalizer_spec.precompiled_charsmap)
+    except (DecodeError, ValueError) as error:
+        raise DataError(f"{path} is not a SentencePiece model ({error})") from None
 
 
 def _special_ids(path: Path, tokenizer: tokenizers.Tokenizer) -> dict[str, int]:
@@ -268,11 +303,11 @@ def _special_ids(path: Path, tokenizer: tokenizers.Tokenizer) -> dict[str, int]:
     if not config_path.is_file():
         return {}
     try:
-        config = json.loads(_read(config_path, "tokenizer config"))
+        config = json_text.parse(_read(config_path, "tokenizer config"))
         texts = {name: config.get(f"{name}_token") for name in ("eos", "bos", "unk", "pad")}
     except (ValueError, AttributeError):
         raise DataError(f"{config_path} is not a JSON object") from None
-    texts = {k: v["content"] if isinstance(v, dict) else v for k, v in texts.items()}
+    texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in texts.items()}
     ids = {f"{k}_id": tokenizer.token_to_id(v) for k, v in texts.items() if isinstance(v, str)}
     return {name: token_id for name, token_id in ids.items() if token_id is not None}
 
@@ -318,7 +353,7 @@ def _tokenizers_vocabulary(rest: str) -> Vocabulary:
             f"{path}: which token ends a sequence? Put tokenizer_config.json beside it, or write "
             f"tokenizers:{path},eos=TOKEN"
         )
-    return TokenizersVocabulary(text, **ids)
+    return TokenizersVocabulary(text, **ids, origin=name)
 
 
 def as_vocabulary(vocabulary: "Vocabulary | seqio.Vocabulary | str") -> Vocabulary:

@@ -3,9 +3,10 @@
 import gc
 import os
 
-# Most of the suite's time is XLA's compilation of small programs that run once: without its costliest passes the suite
-# takes about half as long. tests/integration/test_whole_run.py runs the scripts as users do, with them.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+from tests.quick import QUICK_COMPILE, as_flags
+
+# tests/integration/test_whole_run.py runs the scripts as users do, without these.
+os.environ.setdefault("XLA_FLAGS", as_flags(QUICK_COMPILE))
 
 
 def pytest_collection_finish():

@@ -12,10 +12,12 @@ from sira_jax.adapters import METHODS
 
 REPOSITORY = Path(__file__).parents[1]
 # What the modules of each package may import of sira_jax, besides their own package.
-GROUND = {"errors", "files", "placement", "quantized"}
+GROUND = {"errors", "files", "json_text", "placement", "quantized", "tokenizer_text"}
 ALLOWED = {
     "errors": set(),
     "files": {"errors"},
+    "json_text": set(),
+    "tokenizer_text": {"json_text"},
     "placement": set(),
     "quantized": {"errors"},
     "routing": GROUND,
@@ -31,6 +33,11 @@ T5X = "sira_jax/t5x_integration/"
 WITHOUT_T5X = {f"{T5X}{name}.py" for name in ("__init__", "compat", "rows")}
 T5X_SCRIPTS = {f"scripts/t5x_{name}.py" for name in ("export", "launch", "tasks")}
 OPTIONAL = {"gin"}
+# Scripts beside PyTorch, and the module that looks for a TPU's compiler; both are extras.
+EXTRAS = {
+    "scripts/torch_worker.py": {"torch", "transformers", "peft", "mixlora"},
+    "scripts/precompile_topology.py": {"libtpu"},
+}
 
 
 def imports(path):
@@ -75,6 +82,10 @@ def relative(path):
     return str(path.relative_to(REPOSITORY))
 
 
+def extras(path):
+    return EXTRAS.get(relative(path), set())
+
+
 @pytest.mark.parametrize("path", LIBRARY, ids=relative)
 def test_lower_layers_import_no_higher_ones(path):
     own = path.relative_to(REPOSITORY / "sira_jax").parts[0].removesuffix(".py")
@@ -101,7 +112,7 @@ def test_only_tasks_and_the_log_use_tensorflows_world(package):
                 continue
             if relative(path).startswith(T5X):
                 assert relative(path) not in WITHOUT_T5X or not at_import, name
-            elif relative(path) in T5X_SCRIPTS:
+            elif relative(path) in T5X_SCRIPTS or name.split(".")[0] in extras(path):
                 continue
             elif relative(path) == "sira_jax/training/logging.py":
                 assert name.startswith("clu.")
@@ -185,11 +196,15 @@ def test_requirements_are_the_projects():
     lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
     listed = [line for line in lines if line and not line.startswith("#")]
     config = project()["project"]
-    assert listed == config["dependencies"] + config["optional-dependencies"]["test"]
+    optional = config["optional-dependencies"]
+    assert listed == config["dependencies"] + optional["test"] + optional["docs"]
 
 
 def test_what_the_code_imports_is_required():
-    """Every third-party module belongs to a listed requirement: of the tests', if only a function imports it."""
+    """Every third-party module belongs to a listed requirement: of the tests', if only a function imports it.
+
+    What makes the documentation needs that of its own two extras.
+    """
     named_otherwise = {
         "absl": "absl-py",
         "google": "protobuf",
@@ -202,7 +217,10 @@ def test_what_the_code_imports_is_required():
     }
     config = project()["project"]
     required = {line.split(">")[0].lower() for line in config["dependencies"]}
-    in_functions = {line.split(">")[0] for line in config["optional-dependencies"]["test"]}
+    optional = {
+        extra: {line.split(">")[0] for line in lines}
+        for extra, lines in config["optional-dependencies"].items()
+    }
     known = set(sys.stdlib_module_names) | {"sira_jax", "configs", "scripts", "tasks"}
     for package in ("sira_jax", "configs", "scripts", "tasks"):
         for path in files(package):
@@ -210,8 +228,10 @@ def test_what_the_code_imports_is_required():
                 top = name.split(".")[0]
                 if top in {"t5x", *OPTIONAL}:
                     assert relative(path).startswith(T5X) or relative(path) in T5X_SCRIPTS, name
-                elif top not in known:
-                    allowed = required if at_import else required | in_functions
+                elif top not in known | extras(path):
+                    allowed = required if at_import else required | optional["test"]
+                    if relative(path).startswith("scripts/docs/"):
+                        allowed = required | optional["docs"] | optional["notebooks"]
                     assert named_otherwise.get(top, top).lower() in allowed, (
                         f"{relative(path)} imports {name}"
                     )

@@ -73,17 +73,17 @@ def experiment(scale: str, tasks: tuple[str, ...], method: str, **adapter: Any) 
 def _laptop(config: ConfigDict) -> None:
     config.model.path = "smollm2-135m"
     config.data.sequence_length = 256
-    config.data.batch_size = 2
+    config.data.batch_size = 1
     config.data.too_long = "drop"  # A few function calls do not fit.
-    config.train.num_steps = 150
+    config.train.num_steps = 60
     config.train.loss_chunk_size = 64  # Prompts carry no loss, so need no logits.
     config.train.log_every = 10
-    config.train.eval_every = 50
-    config.train.checkpoint_every = 50
+    config.train.eval_every = 30
+    config.train.checkpoint_every = 30
     config.optimizer.learning_rate = 3e-3
-    config.optimizer.warmup_steps = 10
-    config.evaluate.loss_examples_per_task = 4
-    config.evaluate.examples_per_task = 32
+    config.optimizer.warmup_steps = 5
+    config.evaluate.loss_examples_per_task = 8
+    config.evaluate.examples_per_task = 24
     config.decode.max_new_tokens = 64
 
 

@@ -1,4 +1,4 @@
-"""Learning rate and scale of each method, judged on the validation split: the same number of runs for every method.
+"""The learning rate of each method, judged on the validation split: the same number of runs for every method.
 
   python scripts/sweep.py --sweep=configs/sweeps/search.py:laptop --workdir=runs/search --choose=validation/loss
   python scripts/sweep.py --sweep=configs/sweeps/table_single.py:laptop --workdir=... --chosen=runs/search/chosen.json
@@ -10,7 +10,8 @@ from configs.sweeps.space import Run, grid, product
 from configs.sweeps.tables import read_argument
 
 SEED = 100
-AXES = {"optimizer.learning_rate": (1e-3, 3e-3, 1e-2), "adapter.alpha": (8.0, 32.0)}
+# No scale besides: under Adam a larger alpha is a larger learning rate.
+AXES = {"optimizer.learning_rate": (1e-3, 3e-3, 1e-2)}
 
 
 def get_sweep(argument: str = "laptop") -> list[Run]:

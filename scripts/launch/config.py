@@ -290,7 +290,8 @@ def make_launch(config: Mapping[str, Any]) -> LaunchConfig:
         raise ConfigError(f"config.{min(unknown)}: no such section; a launch config has {known}")
     sections = {}
     for name, section in SECTIONS.items():
-        given = dict(config.get(name, {}))
+        given = config.get(name, {})
+        check(isinstance(given, Mapping), name, given, "a mapping of fields")
         fields = {field.name: field for field in dataclasses.fields(section)}
         for field in given:
             if field not in fields:

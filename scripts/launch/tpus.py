@@ -57,7 +57,8 @@ class TpuConfig:
 
     def __post_init__(self):
         names = f"one of {', '.join(GENERATIONS)}"
-        check(self.generation in GENERATIONS, "tpu.generation", self.generation, names)
+        is_known = isinstance(self.generation, str) and self.generation in GENERATIONS
+        check(is_known, "tpu.generation", self.generation, names)
         dimensions = self.kind.dimensions
         pattern = re.compile("x".join([r"[1-9]\d{0,2}"] * dimensions))
         allowed = f"{dimensions} numbers of chips for {self.generation}, as in {'x'.join('4' * dimensions)}"

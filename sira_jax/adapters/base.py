@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from sira_jax.adapters.context import AdapterContext, Projection
 from sira_jax.errors import ConfigError, MergeError, check, is_finite_number, is_whole_number
 from sira_jax.quantized import dequantize, is_quantized
+from sira_jax.routing import keep
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 # Where they are in the block of a decoder-only model, which is what patterns match.
@@ -120,9 +121,9 @@ class AdapterConfig(abc.ABC):
         object.__setattr__(self, "targets", targets)
         is_int = is_whole_number(self.rank)
         check(is_int and self.rank >= 1, f"{name}.rank", self.rank, "a whole number of at least 1")
-        check(
-            is_finite_number(self.alpha) and self.alpha > 0, f"{name}.alpha", self.alpha, "over 0"
-        )
+        # Its square is to be a number in float32 too.
+        is_alpha = is_finite_number(self.alpha) and 0 < self.alpha <= 1e18
+        check(is_alpha, f"{name}.alpha", self.alpha, "over 0, at most 1e18")
         check(
             is_finite_number(self.dropout_rate) and 0 <= self.dropout_rate < 1,
             f"{name}.dropout_rate",
@@ -291,7 +292,7 @@ def _check_pattern(field: str, pattern: object) -> None:
     check(isinstance(pattern, str) and pattern != "", field, pattern, allowed)
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ConfigError(f"{field}={pattern!r} is not allowed: {allowed} ({error})") from None
 
 
@@ -409,8 +410,8 @@ class AdaptedDense(nn.Module):
         )
         x_BTD = x_BTD.astype(self.dtype)
         if self.adapter is None:
-            return projection(x_BTD)
-        return self.adapter.make_module()(x_BTD, projection, context)
+            return keep(projection(x_BTD))
+        return keep(self.adapter.make_module()(x_BTD, projection, context))
 
 
 def is_adapter(path: Path) -> bool:

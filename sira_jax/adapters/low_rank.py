@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from sira_jax.adapters.base import AdapterConfig, lora_a_init
 from sira_jax.adapters.context import AdapterContext, Projection
 from sira_jax.placement import constrain
-from sira_jax.routing import project
+from sira_jax.routing import keep, project
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ def low_rank_term(
       context: says whether there is dropout.
     """
     x_BTD = nn.Dropout(dropout_rate)(x_BTD, deterministic=context.deterministic)
-    h_BTR = constrain(project(x_BTD, a_DR.astype(x_BTD.dtype)), "batch", None, None)
+    h_BTR = keep(constrain(project(x_BTD, a_DR.astype(x_BTD.dtype)), "batch", None, None))
     # Scaling here, at width R, spares a pass over the (B, T, F) output.
     h_BTR = (h_BTR * scale).astype(x_BTD.dtype)
     return project(h_BTR, b_RF.astype(x_BTD.dtype))

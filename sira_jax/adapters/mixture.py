@@ -136,11 +136,12 @@ def load_balance_loss(gate: Gate) -> jax.Array:
     SiRA. Without one every token has every expert, that share would be 1 and the loss the constant E, so f_e is P_e [C]: 1
     for an even use of the experts, E where all tokens use one. Gradients flow through every P_e.
     """
-    tokens = jnp.maximum(jnp.sum(gate.valid_BT, dtype=jnp.float32), 1.0)
-    mean_prob_E = jnp.sum(gate.probs_BTE, axis=(0, 1)) / tokens
+    keep = routing.keep
+    tokens = jnp.maximum(keep(jnp.sum(gate.valid_BT, dtype=jnp.float32)), 1.0)
+    mean_prob_E = keep(jnp.sum(gate.probs_BTE, axis=(0, 1))) / tokens
     share_E = mean_prob_E
     if gate.selected_BTE is not None:
-        share_E = jnp.sum(gate.selected_BTE, axis=(0, 1), dtype=jnp.float32) / tokens
+        share_E = keep(jnp.sum(gate.selected_BTE, axis=(0, 1), dtype=jnp.float32)) / tokens
     return gate.probs_BTE.shape[-1] * jnp.sum(share_E * mean_prob_E)
 
 
@@ -208,7 +209,7 @@ def route_and_project(
     drops = config.dropout_rate > 0 and not context.deterministic
     if drops:
         dropped_BTD = nn.Dropout(config.dropout_rate)(x_BTD, deterministic=False)
-    if x_BTD.dtype == jnp.float32 and not drops:
+    if routing.can_join(x_BTD.dtype) and not drops:
         hidden_BTM, logits_BTE = routing.project_with_router(x_BTD, weights_DM, router_DE)
     else:
         hidden_BTM = routing.project(dropped_BTD, weights_DM.astype(x_BTD.dtype))

@@ -43,7 +43,7 @@ from sira_jax.checkpoints.tokenizer import (
     tokenizer_from_gguf,
 )
 from sira_jax.errors import ModelFileError
-from sira_jax.files import write_text
+from sira_jax.files import open_binary, write_text
 from sira_jax.models import EncoderDecoderConfig, ModelConfig
 
 _GENERATION_CONFIG = "generation_config.json"
@@ -156,7 +156,7 @@ def _is_gguf(path: str) -> bool:
     if not os.path.exists(path):
         raise ModelFileError(f"{path}: no such file or folder")
     try:
-        with open(path, "rb") as file:
+        with open_binary(path) as file:
             magic = file.read(len(MAGIC))
     except OSError as error:
         raise ModelFileError(f"{path}: cannot be opened ({error.strerror})") from None
@@ -224,6 +224,7 @@ def _read_special_tokens(
             if ids:
                 return tuple(dict.fromkeys(ids))
         index = added_token_id(tokenizer_json, names.get(f"{name}_token"))
+        index = index if index is not None and 0 <= index < vocab_size else None
         index = defaults.get(name) if index is None else index
         return () if index is None else (index,)
 
@@ -241,12 +242,9 @@ def _read_chat_template(path: str) -> str | None:
         return text
     template = read_optional_json(path, TOKENIZER_CONFIG).get("chat_template")
     if isinstance(template, list):  # several, by name
-        named = {
-            entry.get("name"): entry.get("template")
-            for entry in template
-            if isinstance(entry, Mapping)
-        }
-        template = named.get("default")
+        entries = [entry for entry in template if isinstance(entry, Mapping)]
+        named = [entry.get("template") for entry in entries if entry.get("name") == "default"]
+        template = named[-1] if named else None
     return template if isinstance(template, str) else None
 
 

@@ -5,6 +5,7 @@ import os
 from sira_jax.checkpoints.safetensors import parse_json, read_json
 from sira_jax.checkpoints.t5_tokenizer import SPIECE, byte_tokenizer, tokenizer_from_spiece
 from sira_jax.errors import ModelFileError
+from sira_jax.files import read_bytes
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -29,8 +30,7 @@ def read_tokenizer(path: str, vocab_size: int) -> str:
     settings = read_optional_json(path, TOKENIZER_CONFIG)
     spiece_path = os.path.join(path, SPIECE)
     if os.path.exists(spiece_path):
-        with open(spiece_path, "rb") as file:
-            data = file.read()
+        data = _read_bytes(spiece_path)
         extra_ids = settings.get("extra_ids")
         if extra_ids is not None and (type(extra_ids) is not int or extra_ids < 0):
             raise ModelFileError(
@@ -49,10 +49,17 @@ def read_text(path: str, name: str) -> str | None:
     if not os.path.exists(file_path):
         return None
     try:
-        with open(file_path, encoding="utf-8") as file:
-            return file.read()
+        text = _read_bytes(file_path).decode("utf-8")
     except UnicodeDecodeError:
         raise ModelFileError(f"{file_path}: not UTF-8 text") from None
+    return text.replace("\r\n", "\n")
+
+
+def _read_bytes(file_path: str) -> bytes:
+    try:
+        return read_bytes(file_path)
+    except OSError as error:
+        raise ModelFileError(f"{file_path}: cannot be opened ({error.strerror})") from None
 
 
 def read_optional_json(path: str, name: str) -> dict:

@@ -29,6 +29,7 @@ from sira_jax.checkpoints.safetensors import (
     write_safetensors,
 )
 from sira_jax.errors import ModelFileError
+from sira_jax.files import open_binary
 
 CACHE_VARIABLE = "SIRA_CACHE"
 _CACHE_VERSION = 1  # part of the key: raise it when what is cached changes
@@ -52,7 +53,7 @@ class GGUFSource:
     def __init__(self, path: str, **options: object):
         self.path = str(path)
         self.header = read_header(self.path)
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - open as long as this object
+        self._file = open_binary(path, buffering=0)
         try:
             self.config = read_gguf_config(self.path, self.header, self._rope_factors(), **options)
         except BaseException:
@@ -68,7 +69,8 @@ class GGUFSource:
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         if self._kind.has_norms_plus_one and name.endswith("norm.weight"):
-            return self._read_stored(self._of[name], start, stop) - np.float32(1)
+            with np.errstate(invalid="ignore"):
+                return self._read_stored(self._of[name], start, stop) - np.float32(1)
         if not self._kind.is_permuted or not re.search(r"self_attn\.[qk]_proj\.", name):
             return self._read_stored(self._of[name], start, stop)
         # A row's place changes within its head only: whole heads are read, put in order, cut.
@@ -100,7 +102,10 @@ class GGUFSource:
             stored = rows.view("<f4" if tensor.kind == GGMLQuantizationType.F32 else "<f2")
             return stored.reshape(stop - start, *tensor.shape[1:])
         try:
-            return quants.dequantize(rows, tensor.kind).reshape(stop - start, *tensor.shape[1:])
+            # Scales may be infinite or NaN; the values are then too, and no line beside the progress bar says so.
+            with np.errstate(over="ignore", invalid="ignore"):
+                values = quants.dequantize(rows, tensor.kind)
+            return values.reshape(stop - start, *tensor.shape[1:])
         except NotImplementedError:
             raise ModelFileError(
                 f"{self.path}: tensor {name} has quantisation type {tensor.kind.name}, which the "

@@ -107,7 +107,10 @@ class _Metadata:
 
     def number(self, key: str, default: float | None = None) -> float:
         # The file holds float32; its shortest decimal form is the number that was meant (1e-5).
-        value = float(str(np.float32(self.get(key, default))))
+        with np.errstate(
+            over="ignore"
+        ):  # of a float64: what float32 cannot hold is refused as infinite
+            value = float(str(np.float32(self.get(key, default))))
         if not math.isfinite(value) or value <= 0:
             raise ModelFileError(
                 f"{self.path}: {self.arch}.{key}={value!r} must be a number over 0"
@@ -234,8 +237,11 @@ def _rope_scaling(
     if not is_scaled:
         return None
     # The published Llama 3.1 to 3.3 configs all have low 1, high 4 and 8192 positions.
-    original = int(fields.get("rope.scaling.original_context_length", 8192))
-    scaling = RopeScaling(factor=max(1.0, float(factors.max())), original_max_positions=original)
+    original = int(fields.number("rope.scaling.original_context_length", 8192))
+    factor = float(factors.max()) if factors.size else math.nan
+    if not math.isfinite(factor):
+        raise ModelFileError(f"{fields.path}: tensor {ROPE_FACTORS} must hold numbers over 0")
+    scaling = RopeScaling(factor=max(1.0, factor), original_max_positions=max(1, original))
     if factors.shape != (head_dim // 2,) or not np.allclose(
         factors, rope_divisors(scaling, theta, head_dim), rtol=1e-3
     ):

@@ -15,6 +15,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from sira_jax.errors import ModelFileError
+from sira_jax.files import open_binary
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -42,12 +43,14 @@ class GGUFTensor:
       shape: rows first, as NumPy and Hugging Face have it (the file lists the fastest axis first).
       kind: how its values are quantised.
       offset: of its first byte, from the start of the file.
-      row_bytes: bytes of one row (of one element, if it is a vector that is not quantised).
+      end: the byte after its last one.
+      row_bytes: bytes of one row (of one element, if it is a vector).
     """
 
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
     offset: int
+    end: int
     row_bytes: int
 
 
@@ -67,7 +70,7 @@ def read_header(path: str) -> GGUFHeader:
         shorter than its header says.
     """
     try:
-        with open(path, "rb") as file:
+        with open_binary(path) as file:
             return _Reader(path, file).header()
     except OSError as error:
         raise ModelFileError(f"{path}: cannot be opened ({error.strerror})") from None
@@ -94,6 +97,8 @@ class _Reader:
         metadata = {}
         for _ in range(self.count(num_fields, 13)):
             key = self.string()
+            if key in metadata:
+                raise ModelFileError(f"{self.path}: field {key} is there twice")
             metadata[key] = self.value(self.kind(self.number("<u4")))
         infos = [self.tensor_info() for _ in range(self.count(num_tensors, 24))]
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
@@ -105,7 +110,16 @@ class _Reader:
             if name in tensors:
                 raise ModelFileError(f"{self.path}: tensor {name} is listed twice")
             tensors[name] = self.tensor(name, shape, kind, data_start + offset)
+        self.check_apart(tensors)
         return GGUFHeader(metadata, tensors)
+
+    def check_apart(self, tensors: dict[str, GGUFTensor]) -> None:
+        """Raises ModelFileError if two tensors share bytes: a small file could then hold a model of any size."""
+        last, end = "", 0
+        for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].end)):
+            if tensor.offset < end:
+                raise ModelFileError(f"{self.path}: tensors {last} and {name} overlap")
+            last, end = name, tensor.end
 
     def tensor_info(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
         name = self.string()
@@ -122,11 +136,11 @@ class _Reader:
 
     def tensor(self, name: str, shape, kind: GGMLQuantizationType, offset: int) -> GGUFTensor:
         block, block_bytes = GGML_QUANT_SIZES[kind]
-        row = shape[-1] if len(shape) > 1 or block > 1 else 1
+        row = shape[-1] if len(shape) > 1 else 1
         if not shape or row % block:
             raise ModelFileError(
                 f"{self.path}: tensor {name} of shape {shape} cannot be of type {kind.name}: rows "
-                f"are blocks of {block}"
+                f"of matrices are blocks of {block}, vectors are not quantised"
             )
         end = offset + math.prod(shape) // block * block_bytes
         if end > self.size:
@@ -134,7 +148,7 @@ class _Reader:
                 f"{self.path}: truncated: tensor {name} ends at byte {end}, the file has "
                 f"{self.size}"
             )
-        return GGUFTensor(shape, kind, offset, row // block * block_bytes)
+        return GGUFTensor(shape, kind, offset, end, row // block * block_bytes)
 
     def value(self, kind: GGUFValueType) -> object:
         if kind == GGUFValueType.STRING:

@@ -2,13 +2,12 @@
 and assumes is in hf_families.py.
 """
 
-import math
 import os
 from collections.abc import Mapping
 
 from sira_jax.checkpoints.hf_families import FAMILIES, Family, shortest_pattern
 from sira_jax.checkpoints.safetensors import read_json
-from sira_jax.errors import ConfigError, ModelFileError
+from sira_jax.errors import ConfigError, ModelFileError, is_finite_number
 from sira_jax.models.config import DecoderConfig
 from sira_jax.models.rope import LinearRopeScaling, RopeScaling
 
@@ -61,8 +60,8 @@ class Fields:
         value = default if value is None else value
         if value is None:
             raise ModelFileError(f"{self.path}: field {self.prefix}{field} is missing")
-        if type(value) is not int or value < least:
-            raise self.fail(field, f"a whole number over {least - 1}")
+        if type(value) is not int or not least <= value < 2**31:
+            raise self.fail(field, f"a whole number over {least - 1}, under 2**31")
         return value
 
     def number(self, field: str, default: float | None = None) -> float:
@@ -70,8 +69,7 @@ class Fields:
         value = default if value is None else value
         if value is None:
             raise ModelFileError(f"{self.path}: field {self.prefix}{field} is missing")
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or value <= 0:
+        if not is_finite_number(value) or value <= 0:
             raise self.fail(field, "a number over 0")
         return float(value)
 

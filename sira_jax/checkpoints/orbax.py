@@ -292,9 +292,13 @@ class Checkpointer:
 
 
 class _RaisedAnyway(logging.Filter):
-    """Leaves out the stack traces that Orbax logs of an error in a saving thread, which it raises in the main thread too."""
+    """Leaves out the stack traces that Orbax, and asyncio for its writes, log of an error in a saving thread.
+
+    Orbax raises the first such error in the main thread too.
+    """
 
     _TEXTS = (
+        "exception was never retrieved",
         "background save thread",
         "Finalize thread (%s) failed",
         "raised an exception",
@@ -306,9 +310,9 @@ class _RaisedAnyway(logging.Filter):
 
 
 def _silence_saving_thread() -> None:
-    logger = logging.getLogger("absl")
-    if not any(isinstance(known, _RaisedAnyway) for known in logger.filters):
-        logger.addFilter(_RaisedAnyway())
+    for logger in (logging.getLogger("absl"), logging.getLogger("asyncio")):
+        if not any(isinstance(known, _RaisedAnyway) for known in logger.filters):
+            logger.addFilter(_RaisedAnyway())
 
 
 def _ignore_late_callbacks() -> None:

@@ -34,7 +34,7 @@ from sira_jax.checkpoints.adapter_file import (
 )
 from sira_jax.checkpoints.layout import flatten
 from sira_jax.checkpoints.safetensors import SafetensorsFile
-from sira_jax.errors import CheckpointError, ConfigError
+from sira_jax.errors import CheckpointError, ConfigError, is_finite_number
 from sira_jax.models import DecoderConfig, ModelConfig
 
 # Path in a block -> the module's name in a layer of transformers' model.
@@ -283,11 +283,11 @@ def _check_fields(file: str, content: Mapping[str, Any]) -> None:
 
 
 def _is_rank(value: object) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value < 2**31
 
 
 def _is_alpha(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value > 0
+    return is_finite_number(value) and value > 0
 
 
 def _targets(

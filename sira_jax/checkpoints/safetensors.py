@@ -17,8 +17,9 @@ from typing import Protocol
 import ml_dtypes
 import numpy as np
 
+from sira_jax import json_text
 from sira_jax.errors import ModelFileError
-from sira_jax.files import write_atomically
+from sira_jax.files import open_binary, read_bytes, write_atomically
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -31,6 +32,7 @@ _ITEM_SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4,
     "I64": 8, "U64": 8, "C64": 8, **{name: dtype.itemsize for name, dtype in DTYPES.items()},
 }  # fmt: skip
+_TOO_LARGE = 2**63  # for a shape or an offset
 _LONGEST_HEADER = 100_000_000  # the format's own limit
 _CHUNK_BYTES = 4 << 20
 
@@ -83,8 +85,7 @@ def read_json(path: str) -> dict:
     object.
     """
     try:
-        with open(path, "rb") as file:
-            text = file.read()
+        text = read_bytes(path)
     except FileNotFoundError:
         raise ModelFileError(f"{path}: no such file") from None
     except OSError as error:
@@ -92,11 +93,11 @@ def read_json(path: str) -> dict:
     return parse_json(path, text)
 
 
-def parse_json(what: str, text: str | bytes) -> dict:
+def parse_json(what: str, text: str | bytes, unique_keys: bool = False) -> dict:
     """Returns the JSON object in a text; `what` names it in the ModelFileError if it is none."""
     try:
-        content = json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        content = json_text.parse(text, unique_keys=unique_keys)
+    except ValueError as error:
         raise ModelFileError(f"{what}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise ModelFileError(f"{what}: must hold a JSON object, found {type(content).__name__}")
@@ -114,7 +115,7 @@ class SafetensorsFile:
     def __init__(self, path: str):
         self.path = str(path)
         try:
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - open as long as this object
+            self._file = open_binary(path, buffering=0)
         except OSError as error:
             raise ModelFileError(f"{path}: cannot be opened ({error.strerror})") from None
         try:
@@ -159,7 +160,7 @@ class SafetensorsFile:
                 f"{self.path}: truncated or not a safetensors file: header length {length} goes "
                 f"beyond the file's {size} bytes or the format's limit of {_LONGEST_HEADER}"
             )
-        header = parse_json(f"{self.path}: header", self._file.read(length))
+        header = parse_json(f"{self.path}: header", self._file.read(length), unique_keys=True)
         header.pop("__metadata__", None)
         data_start = 8 + length
         entries = {
@@ -192,12 +193,13 @@ class SafetensorsFile:
                 f"{self.path}: header entry of tensor {name} must have dtype, shape and two "
                 f"data_offsets, found {fields!r}"
             ) from None
-        if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+        numbers = (*shape, begin, end)
+        if any(type(number) is not int or not 0 <= number < _TOO_LARGE for number in numbers):
             raise ModelFileError(
-                f"{self.path}: shape and data_offsets of tensor {name} must be whole numbers, "
-                f"found {fields!r}"
+                f"{self.path}: shape and data_offsets of tensor {name} must be whole numbers under "
+                f"2**63, found {fields!r}"
             )
-        if dtype not in _ITEM_SIZES:
+        if not isinstance(dtype, str) or dtype not in _ITEM_SIZES:
             raise ModelFileError(f"{self.path}: tensor {name} has unknown dtype {dtype!r}")
         needed = math.prod(shape) * _ITEM_SIZES[dtype]
         if end - begin != needed:

@@ -8,6 +8,7 @@ axis of heads besides. Source: t5x/checkpoints.py and t5x/examples [O].
 """
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from sira_jax.checkpoints.t5_layout import t5x_layout
 from sira_jax.checkpoints.t5_tokenizer import tokenizer_from_spiece
 from sira_jax.checkpoints.tokenizer import SpecialTokens
 from sira_jax.errors import ModelFileError
+from sira_jax.files import read_bytes
 from sira_jax.models.encoder_decoder_config import EncoderDecoderConfig
 
 CHECKPOINT = "checkpoint"
@@ -29,6 +31,13 @@ _OLDEST_VERSION = 2
 _SCAN_AXIS = 1
 _STEP = re.compile(r"checkpoint_(\d+)")
 _CACHED_BYTES = 512 << 20  # of decompressed chunks: a chunk may hold rows of many layers
+# What flax and msgpack raise for a damaged file: the arrays in it are packed once more, and not checked.
+_MSGPACK_ERRORS = (
+    ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OverflowError, SyntaxError,
+)  # fmt: skip
+_MOST_LAYERS = 1000  # of a stack: absurd counts are not to be listed
+_LARGE_CHUNK = 1 << 20  # values: a chunk of up to so many may be larger than its array
+_MOST_NESTED = 100  # of mappings in one another
 _TYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -125,7 +134,12 @@ class T5XSource:
             raise ModelFileError(
                 f"{self.path}: {name} of shape {tuple(array.shape)} has no axis {_SCAN_AXIS} of layers"
             )
-        for layer in range(array.shape[_SCAN_AXIS]):
+        num_layers = array.shape[_SCAN_AXIS]
+        if num_layers > _MOST_LAYERS:
+            raise ModelFileError(
+                f"{self.path}: {name} has {num_layers} layers, at most {_MOST_LAYERS}"
+            )
+        for layer in range(num_layers):
             apart = "/".join((stack, f"layers_{layer}", *inner[1:]))
             self._stored[apart] = _Stored(f"{name} (layer {layer})", array, layer)
 
@@ -158,6 +172,7 @@ class T5XSource:
         place = os.path.join(self._folder, folder)
         if not os.path.exists(os.path.join(place, ".zarray")):
             raise ModelFileError(f"{place}: no such zarr array, which {self.path} names")
+        _check_files(place)
         try:
             array = tensorstore.open(
                 {"driver": "zarr", "kvstore": {"driver": "file", "path": place + "/"}},
@@ -168,13 +183,30 @@ class T5XSource:
         except ValueError as error:
             message = str(error).splitlines()[0]
             raise ModelFileError(f"{place}: cannot be opened ({message})") from None
+        chunk = array.chunk_layout.read_chunk.shape
+        if math.prod(chunk) > max(math.prod(array.shape), _LARGE_CHUNK):
+            raise ModelFileError(
+                f"{place}: has chunks of shape {tuple(chunk)}, larger than the array itself, {tuple(array.shape)}"
+            )
         metadata = spec.get("metadata")
         shape = metadata.get("shape") if isinstance(metadata, Mapping) else None
-        if shape is not None and tuple(shape) != tuple(array.shape):
+        if shape is not None and list(array.shape) != shape:
+            said = tuple(shape) if isinstance(shape, list) else repr(shape)
             raise ModelFileError(
-                f"{place}: is of shape {tuple(array.shape)}, but {self.path} says {tuple(shape)}"
+                f"{place}: is of shape {tuple(array.shape)}, but {self.path} says {said}"
             )
         return array
+
+
+def _check_files(place: str) -> None:
+    """Raises ModelFileError if what should be an array's chunks is no file: tensorstore waits at a pipe for ever."""
+    try:
+        with os.scandir(place) as entries:
+            other = [entry.name for entry in entries if not (entry.is_file() or entry.is_dir())]
+    except OSError as error:
+        raise ModelFileError(f"{place}: cannot be opened ({error.strerror})") from None
+    if other:
+        raise ModelFileError(f"{os.path.join(place, min(other))}: is no regular file")
 
 
 def find_checkpoint(path: str | os.PathLike) -> str:
@@ -211,16 +243,30 @@ def flatten_specs(tree: Mapping) -> dict[tuple[str, ...], object]:
     return flat
 
 
+def _check_tree(path: str, tree: Mapping) -> None:
+    """Raises ModelFileError unless the keys are texts, and mappings in one another few."""
+    level = [tree]
+    for _ in range(_MOST_NESTED):
+        wrong = [key for holder in level for key in holder if not isinstance(key, str)]
+        if wrong:
+            raise ModelFileError(f"{path}: optimizer.target has the key {wrong[0]!r}, not a text")
+        level = [part for holder in level for part in holder.values() if isinstance(part, Mapping)]
+        if not level:
+            return
+    raise ModelFileError(
+        f"{path}: optimizer.target has more than {_MOST_NESTED} mappings in one another"
+    )
+
+
 def _read_target(path: str) -> Mapping:
     """The tree of parameters in the msgpack file."""
     try:
-        with open(path, "rb") as file:
-            data = file.read()
+        data = read_bytes(path)
     except OSError as error:
         raise ModelFileError(f"{path}: cannot be opened ({error.strerror})") from None
     try:
         content = serialization.msgpack_restore(data)
-    except (ValueError, TypeError, KeyError) as error:
+    except _MSGPACK_ERRORS as error:
         raise ModelFileError(f"{path}: not a msgpack file of T5X ({error})") from None
     if not isinstance(content, Mapping):
         raise ModelFileError(f"{path}: not a T5X checkpoint: it holds a {type(content).__name__}")
@@ -233,6 +279,7 @@ def _read_target(path: str) -> Mapping:
     target = optimizer.get("target") if isinstance(optimizer, Mapping) else None
     if not isinstance(target, Mapping) or not target:
         raise ModelFileError(f"{path}: optimizer.target, which holds the parameters, is missing")
+    _check_tree(path, target)
     return target
 
 
@@ -261,8 +308,7 @@ def load_t5x(
     if spiece is not None:
         spiece = os.fspath(spiece)
         try:
-            with open(spiece, "rb") as file:
-                text = tokenizer_from_spiece(spiece, file.read(), config.vocab_size)
+            text = tokenizer_from_spiece(spiece, read_bytes(spiece), config.vocab_size)
         except OSError as error:
             raise ModelFileError(f"{spiece}: cannot be opened ({error.strerror})") from None
     return BaseModel(

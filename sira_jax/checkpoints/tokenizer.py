@@ -15,6 +15,7 @@ import tokenizers
 from sira_jax.checkpoints import spm_bpe
 from sira_jax.checkpoints.safetensors import parse_json
 from sira_jax.errors import ModelFileError
+from sira_jax.tokenizer_text import make_tokenizer
 
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -84,8 +85,8 @@ def parse_tokenizer(path: str, text: str) -> tokenizers.Tokenizer:
     """
     parse_json(path, text)
     try:
-        return tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the tokenizers library raises no narrower class
+        return make_tokenizer(text)
+    except ValueError as error:
         raise ModelFileError(f"{path}: not a tokenizer ({error})") from None
 
 
@@ -244,5 +245,9 @@ def added_token_id(tokenizer_json: str | None, token: object) -> int | None:
     content = token.get("content") if isinstance(token, Mapping) else token
     if tokenizer_json is None or not isinstance(content, str):
         return None
-    added = json.loads(tokenizer_json).get("added_tokens") or []
-    return next((entry["id"] for entry in added if entry.get("content") == content), None)
+    added = json.loads(tokenizer_json).get("added_tokens")
+    entries = (
+        [entry for entry in added if isinstance(entry, Mapping)] if isinstance(added, list) else []
+    )
+    ids = [entry.get("id") for entry in entries if entry.get("content") == content]
+    return ids[0] if ids and type(ids[0]) is int else None

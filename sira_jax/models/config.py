@@ -9,12 +9,18 @@ from sira_jax.models.rope import LinearRopeScaling, RopeScaling
 from sira_jax.models.stacks import Stack
 
 ACTIVATIONS = ("silu", "gelu_tanh")
-REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
+REMAT_POLICIES = ("none", "full", "projections", "dots", "dots_no_batch")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 # Fields that every model's config has -> what is allowed.
 CHOICES = {"dtype": DTYPES, "param_dtype": DTYPES, "remat_policy": REMAT_POLICIES}
+
+
+def check_size(field: str, value: object) -> None:
+    """Raises ConfigError unless `value` is a number that an axis of an array may have."""
+    is_size = is_whole_number(value) and 0 < value < 2**31
+    check(is_size, field, value, "a whole number over 0, under 2**31")
 
 
 def check_choices(config: Any, choices: Mapping[str, tuple[str, ...]]) -> None:
@@ -59,8 +65,9 @@ class DecoderConfig:
       dtype: type of the computation; the router's arithmetic, norms, softmax and loss stay in float32.
       param_dtype: type the frozen base is held in. Adapters are always float32.
       scan_layers: stack the blocks' parameters on axis 0 and compile one block.
-      remat_policy: "none" keeps activations, "full" recomputes a block in the backward pass, "dots" keeps the results of
-        matrix products, "dots_no_batch" those without batch axes.
+      remat_policy: "none" keeps activations, "full" recomputes a block in the backward pass, "projections" all of it that is
+        cheap: it keeps what the projections give with their adapters, what A and the routers give, and attention's output, but
+        not its scores; "dots" keeps the results of matrix products, "dots_no_batch" of those without batch axes.
     """
 
     vocab_size: int
@@ -128,13 +135,7 @@ class DecoderConfig:
             "mlp_dim",
             "max_positions",
         ):
-            value = getattr(self, name)
-            check(
-                is_whole_number(value) and value > 0,
-                f"model.{name}",
-                value,
-                "a whole number over 0",
-            )
+            check_size(f"model.{name}", getattr(self, name))
         check(
             self.num_heads % self.num_kv_heads == 0,
             "model.num_kv_heads",

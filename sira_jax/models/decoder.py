@@ -14,7 +14,7 @@ from flax import struct
 
 from sira_jax.adapters import AdapterConfig, AdapterContext, LayerLink
 from sira_jax.models.config import DecoderConfig
-from sira_jax.models.layers import MLP, Attention, RMSNorm, look_up, soft_cap
+from sira_jax.models.layers import MLP, Attention, RMSNorm, TokenEmbed, soft_cap
 from sira_jax.models.rope import rotary_tables
 from sira_jax.models.stacking import advance_cache, initial_carry, make_blocks
 from sira_jax.placement import constrain
@@ -99,7 +99,7 @@ class Decoder(nn.Module):
 
     def setup(self):
         config = self.config
-        self.token_embedder = nn.Embed(
+        self.token_embedder = TokenEmbed(
             config.vocab_size,
             config.emb_dim,
             dtype=config.dtype,
@@ -183,7 +183,7 @@ class Decoder(nn.Module):
         else:
             cache_index, key_segments_BS = advance_cache(self, segments_BT, cache_length)
         views = self._views(segments_BT, key_segments_BS, cache_index, positions_BT)
-        x_BTD = look_up(self.token_embedder, tokens_BT)
+        x_BTD = self.token_embedder(tokens_BT)
         if self.config.scale_embeddings:
             x_BTD *= jnp.asarray(math.sqrt(self.config.emb_dim), x_BTD.dtype)
         projections = self.config.projections

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from sira_jax.adapters import AdapterConfig, AdapterContext, LayerLink
 from sira_jax.models.decoder import attention_mask, prompt_mask
 from sira_jax.models.encoder_decoder_config import EncoderDecoderConfig
-from sira_jax.models.layers import RMSNorm, look_up
+from sira_jax.models.layers import RMSNorm, TokenEmbed
 from sira_jax.models.stacking import advance_cache, initial_carry, make_blocks, run_blocks
 from sira_jax.models.t5_layers import T5MLP, CrossAttention, RelativePositionBias, SelfAttention
 from sira_jax.placement import constrain
@@ -231,7 +231,7 @@ class EncoderDecoder(nn.Module):
 
     def setup(self):
         config = self.config
-        self.token_embedder = nn.Embed(
+        self.token_embedder = TokenEmbed(
             config.vocab_size,
             config.emb_dim,
             dtype=config.dtype,
@@ -290,10 +290,10 @@ class EncoderDecoder(nn.Module):
         encoded_BSD = encoder_context = None
         if "encoder_input_tokens" in batch:
             encoder_context = self._encoder_context(common, batch)
-            x_BSD = look_up(self.token_embedder, batch["encoder_input_tokens"])
+            x_BSD = self.token_embedder(batch["encoder_input_tokens"])
             encoded_BSD = self.encoder(x_BSD, encoder_context)
         context = self._decoder_context(common, batch, cache_length is not None)
-        x_BTD = look_up(self.token_embedder, batch["decoder_input_tokens"])
+        x_BTD = self.token_embedder(batch["decoder_input_tokens"])
         return self.decoder(x_BTD, encoded_BSD, context, encoder_context, cache_length)
 
     def _encoder_context(self, common: AdapterContext, batch: Batch) -> AdapterContext:

@@ -3,7 +3,7 @@
 import dataclasses
 
 from sira_jax.errors import check, is_finite_number, is_whole_number
-from sira_jax.models.config import CHOICES, check_choices
+from sira_jax.models.config import CHOICES, check_choices, check_size
 from sira_jax.models.stacks import Stack
 
 ACTIVATIONS = ("relu", "gelu", "silu", "linear")
@@ -106,9 +106,7 @@ class EncoderDecoderConfig:
 
     def __post_init__(self):
         for name in _SIZES:
-            value = getattr(self, name)
-            is_size = is_whole_number(value) and value > 0
-            check(is_size, f"model.{name}", value, "a whole number over 0")
+            check_size(f"model.{name}", getattr(self, name))
         allowed = f"one or two of {', '.join(ACTIVATIONS)}"
         activations = self.mlp_activations
         check(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from sira_jax.adapters import AdaptedDense, AdapterConfig, AdapterContext
 from sira_jax.models.rope import apply_rotary
 from sira_jax.placement import constrain
+from sira_jax.routing import keep
 
 ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": nn.gelu}
 
@@ -44,13 +45,16 @@ class RMSNorm(nn.Module):
         return normed.astype(x_BTD.dtype)
 
 
-def look_up(embedder: nn.Embed, tokens_BT: jax.Array) -> jax.Array:
-    """The embeddings (B, T, D) of token ids, as `embedder` itself gives them.
+class TokenEmbed(nn.Embed):
+    """The table of token embeddings, read as `nn.Embed` reads it.
 
     The table's width is gathered first where it is cut: looked up in a part, the embeddings of all devices' tokens would be.
     """
-    table_VD = constrain(embedder.embedding.astype(embedder.dtype), "vocab", None)
-    return constrain(jnp.take(table_VD, tokens_BT, axis=0), "batch", None, None)
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """The embeddings (B, T, D) of token ids."""
+        table_VD = constrain(self.embedding.astype(self.dtype), "vocab", None)
+        return constrain(jnp.take(table_VD, tokens_BT, axis=0), "batch", None, None)
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
@@ -168,7 +172,7 @@ class Attention(Projections):
         else:
             cap = config.attention_softcap
             out_BTHP = capped_attention(q_BTHP, k_BSKP, v_BSKP, mask_BTS, scale, cap)
-        out_BTD = out_BTHP.reshape(batch, length, heads * width)
+        out_BTD = keep(out_BTHP.reshape(batch, length, heads * width))
         return self.dense("o", config.emb_dim, ("heads", "embed"))(out_BTD, context)
 
 
@@ -181,6 +185,9 @@ class MLP(Projections):
         axes = ("embed", "mlp")
         gate_BTF = self.dense("gate", self.config.mlp_dim, axes)(x_BTD, context)
         up_BTF = self.dense("up", self.config.mlp_dim, axes)(x_BTD, context)
-        hidden_BTF = ACTIVATIONS[self.config.activation](gate_BTF) * up_BTF
+        # Made again backwards from what the projections give: kept, it would be three more arrays of this size.
+        activation = ACTIVATIONS[self.config.activation]
+        gated = jax.checkpoint(lambda gate, up: activation(gate) * up, prevent_cse=False)
+        hidden_BTF = gated(gate_BTF, up_BTF)
         hidden_BTF = constrain(hidden_BTF, "batch", None, "mlp")
         return self.dense("down", self.config.emb_dim, axes[::-1])(hidden_BTF, context)

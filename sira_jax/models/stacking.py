@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from sira_jax.adapters import AdapterConfig
+from sira_jax.routing import KEPT
 
 _REMAT_POLICIES = {
     "full": None,
+    "projections": jax.checkpoint_policies.save_only_these_names(KEPT),
     "dots": jax.checkpoint_policies.checkpoint_dots,
     "dots_no_batch": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
 }

@@ -18,6 +18,7 @@ from sira_jax.adapters import AdapterContext
 from sira_jax.models.encoder_decoder_config import EncoderDecoderConfig
 from sira_jax.models.layers import Projections
 from sira_jax.placement import constrain
+from sira_jax.routing import keep
 
 _ACTIVATIONS = {
     "relu": nn.relu,
@@ -116,7 +117,7 @@ class _Attention(Projections):
         out_BTHP = jax.nn.dot_product_attention(
             q_BTHP, k_BSHP, v_BSHP, bias=bias_1HTS, mask=mask_BTS[:, None], scale=1.0
         )
-        out_BTE = out_BTHP.reshape(*out_BTHP.shape[:2], -1)
+        out_BTE = keep(out_BTHP.reshape(*out_BTHP.shape[:2], -1))
         out_BTD = self.dense("out", self.config.emb_dim, ("heads", "embed"))(out_BTE, context)
         return constrain(out_BTD, "batch", None, None)
 

@@ -4,6 +4,8 @@ Axis letters: G routing groups, S tokens a group, D features in, F features out,
 K selected experts, C capacity, R rank, M = E * R joined ranks, P = G * S * K (token, expert) pairs.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -11,7 +13,8 @@ from sira_jax.errors import check
 from sira_jax.placement import FREE, constrain, per_shard
 from sira_jax.routing.capacity import expert_capacity
 from sira_jax.routing.config import DISPATCH_ALGORITHMS, RoutingConfig
-from sira_jax.routing.products import project
+from sira_jax.routing.joined import can_join, project_with_router
+from sira_jax.routing.products import keep, project
 from sira_jax.routing.router import Routing, route, router_logits
 
 # `choose_algorithm` counts multiply-adds. Joined ranks up to this share of the width are computed in
@@ -91,8 +94,8 @@ def mix_experts(
     """Routes x and returns (delta_GSF, routing), delta = sum over e of G[e] scale B_e (A_e x).
 
     SiRA, arXiv 2311.09179 [P]. delta has the type of x and is 0 for padding; the gates of the
-    returned routing are without `scale`. Float32 inputs meet A and the router in one product under
-    "masked", forwards and backwards, at the precision the router needs.
+    returned routing are without `scale`. Under "masked" x meets A and the router in one product,
+    see `joined`.
 
     Args:
       x_GSD: input of the adapted projection, and of the router.
@@ -125,26 +128,40 @@ def mix_experts(
             config.num_selected_experts,
             capacity,
         )
-    is_joined = algorithm == "masked" and expert_input_GSD is None and x_GSD.dtype == jnp.float32
-    if is_joined:
-        hidden_GSM, logits_GSE = project_with_router(x_GSD, join_ranks(lora_a_EDR), router_DE)
-    else:
-        logits_GSE = router_logits(x_GSD, router_DE)
-    routing = route(
-        logits_GSE,
-        valid_GS,
-        config,
-        deterministic=deterministic,
-        rng=rng,
-        active_choices=active_choices,
-    )
-
-    # The gates are the smallest array to multiply by the scale.
-    scaled = routing.replace(gates_GSE=routing.gates_GSE * scale)
-    if is_joined:
-        return _masked_output(hidden_GSM, scaled, lora_b_ERF, x_GSD.dtype), routing
+    options = {"deterministic": deterministic, "rng": rng, "active_choices": active_choices}
+    if algorithm == "masked" and expert_input_GSD is None and can_join(x_GSD.dtype):
+        hidden_GSM, logits_GSE = jax.checkpoint(_join_and_project, prevent_cse=False)(
+            x_GSD, lora_a_EDR, router_DE
+        )
+        # Gates, ranks and queues are cheap to make again and several times as large as what they are made of.
+        mix = functools.partial(
+            _route_and_mix, config=config, scale=scale, dtype=x_GSD.dtype, **options
+        )
+        mix = jax.checkpoint(mix, prevent_cse=False)
+        return mix(hidden_GSM, logits_GSE, valid_GS, lora_b_ERF)
+    routing = route(router_logits(x_GSD, router_DE), valid_GS, config, **options)
     expert_input_GSD = x_GSD if expert_input_GSD is None else expert_input_GSD
-    return apply_experts(expert_input_GSD, scaled, lora_a_EDR, lora_b_ERF, algorithm), routing
+    delta_GSF = apply_experts(
+        expert_input_GSD, _scaled(routing, scale), lora_a_EDR, lora_b_ERF, algorithm
+    )
+    return delta_GSF, routing
+
+
+def _join_and_project(x_GSD, lora_a_EDR, router_DE):
+    joined = project_with_router(x_GSD, join_ranks(lora_a_EDR), router_DE)
+    return tuple(constrain(y_GS, "batch", None, None) for y_GS in joined)
+
+
+def _route_and_mix(
+    hidden_GSM, logits_GSE, valid_GS, lora_b_ERF, *, config, scale, dtype, **options
+):
+    routing = route(logits_GSE, valid_GS, config, **options)
+    return _masked_output(hidden_GSM, _scaled(routing, scale), lora_b_ERF, dtype), routing
+
+
+def _scaled(routing: Routing, scale: float) -> Routing:
+    # The gates are the smallest array to multiply by the scale.
+    return routing.replace(gates_GSE=routing.gates_GSE * scale)
 
 
 def apply_experts(
@@ -193,7 +210,7 @@ def apply_experts(
         return _einsum_experts(x_GSD, routing, lora_a_EDR, lora_b_ERF)
     if algorithm == "ragged":
         return _ragged_experts(x_GSD, routing, lora_a_EDR, lora_b_ERF)
-    hidden_GSM = constrain(project(x_GSD, join_ranks(lora_a_EDR)), "batch", None, None)
+    hidden_GSM = keep(constrain(project(x_GSD, join_ranks(lora_a_EDR)), "batch", None, None))
     return _masked_output(hidden_GSM, routing, lora_b_ERF, x_GSD.dtype)
 
 
@@ -212,17 +229,6 @@ def _check_shapes(x_GSD, router_shape, lora_a_EDR, lora_b_ERF):
         lora_b_ERF.shape,
         f"({num_experts} experts, rank {rank}, features)",
     )
-
-
-def project_with_router(
-    x_GSD: jax.Array, weights_DM: jax.Array, router_DE: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """(x @ weights, router logits) of a float32 x, in one product at the precision the router needs, forwards and backwards."""
-    joined_DM = jnp.concatenate([weights_DM, router_DE], axis=1)
-    joined_GSM = project(x_GSD, joined_DM, precision=jax.lax.Precision.HIGHEST)
-    joined_GSM = constrain(joined_GSM, "batch", None, None)
-    hidden_GSM, logits_GSE = jnp.split(joined_GSM, [weights_DM.shape[1]], axis=-1)
-    return hidden_GSM, logits_GSE
 
 
 def join_ranks(lora_a_EDR: jax.Array) -> jax.Array:

@@ -6,12 +6,15 @@ Axis letters: G routing groups, S tokens a group, E experts.
 import jax
 import jax.numpy as jnp
 
+from sira_jax.routing.products import keep
 from sira_jax.routing.router import Routing
 
 
 def _mean_of_valid(values: jax.Array, valid_GS: jax.Array) -> jax.Array:
+    # What the backward pass needs of these sums over all devices' tokens is not to be summed once more.
+    total, count = keep(jnp.sum(values, axis=(0, 1))), keep(jnp.sum(valid_GS, dtype=jnp.float32))
     # Without a valid token the sum is 0, and so is the mean.
-    return jnp.sum(values, axis=(0, 1)) / jnp.maximum(jnp.sum(valid_GS, dtype=jnp.float32), 1.0)
+    return total / jnp.maximum(count, 1.0)
 
 
 def load_balance_loss(routing: Routing) -> jax.Array:

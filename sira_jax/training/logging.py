@@ -14,7 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sira_jax.files import naming, write_text
+from sira_jax import json_text
+from sira_jax.files import naming, read_bytes, write_text
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -102,9 +103,9 @@ def import_quietly(name: str) -> types.ModuleType:
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; a torn last line, which a kill can leave, is left out."""
     lines = []
-    for line in (Path(directory) / METRICS_FILE).read_text().splitlines():
+    for line in read_bytes(Path(directory) / METRICS_FILE).decode().splitlines():
         try:
-            lines.append(json.loads(line))
+            lines.append(json_text.parse(line))
         except json.JSONDecodeError:
             continue
     return lines

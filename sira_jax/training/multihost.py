@@ -69,11 +69,12 @@ def settings(environ: Mapping[str, str]) -> dict[str, object]:
     }
 
 
-def initialize(timeout: int = 300) -> None:
+def initialize(timeout: int = 300, heartbeat: int = 100) -> None:
     """Joins this process with the others; to be called before JAX is used.
 
     Args:
       timeout: seconds to wait for the others.
+      heartbeat: seconds without a sign of life after which JAX itself ends all processes.
 
     Raises:
       ConfigError: nothing says who the others are, or they do not come.
@@ -84,7 +85,9 @@ def initialize(timeout: int = 300) -> None:
     jax.config.update("jax_enable_preemption_service", False)
     known = settings(os.environ)
     try:
-        jax.distributed.initialize(**known, initialization_timeout=timeout)
+        jax.distributed.initialize(
+            **known, initialization_timeout=timeout, heartbeat_timeout_seconds=heartbeat
+        )
     except ValueError as error:
         raise ConfigError(
             f"--multihost: neither SLURM, nor a TPU, Kubernetes or Open MPI is found here ({error}):"
@@ -108,7 +111,8 @@ def joined(patience: float = 60.0, timeout: int = 300) -> Iterator[None]:
       patience: seconds without a sign of life after which a process counts as lost.
       timeout: see `initialize`.
     """
-    initialize(timeout)
+    # JAX's own end is an abort with a stack trace: the watch shall come first, also on a busy machine.
+    initialize(timeout, heartbeat=100 + 2 * int(patience))
     watch = _Watch(patience)
     _explain_abort()
     watch.start()
@@ -153,7 +157,7 @@ class _Watch:
         """Prints the reason unless `is_told`, tells the others and ends the process."""
         self._stopped.set()
         if not is_told:
-            print(f"error: {reason}", file=sys.stderr)
+            _say(f"error: {reason}")
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             _client().key_value_set(f"{_FAILED}{self._index}", f"{status} {reason}", True)
         if self._index == 0:
@@ -192,17 +196,22 @@ class _Watch:
         if others:
             index, text = next(iter(others.items()))
             status, _, reason = text.partition(" ")
-            print(f"error: process {index} of {self._count} stopped: {reason}", file=sys.stderr)
+            _say(f"error: process {index} of {self._count} stopped: {reason}")
         else:
             names = ", ".join(str(index) for index in lost)
             status = LOST_STATUS
             reason = f"no sign of life from process {names} of {self._count}; {_GOES_ON}"
-            print(f"error: {reason}", file=sys.stderr)
+            _say(f"error: {reason}")
             if self._index == 0:
                 with contextlib.suppress(jax.errors.JaxRuntimeError):
                     _client().key_value_set(f"{_FAILED}0", f"{status} {reason}", True)
                 time.sleep(3 * _INTERVAL)
         _exit(int(status))
+
+
+def _say(line: str) -> None:
+    # A progress bar of another thread may stand on the line that was begun.
+    print(f"\n{line}", file=sys.stderr)
 
 
 def _client() -> "distributed.xla_extension.DistributedRuntimeClient":

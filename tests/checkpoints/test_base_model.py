@@ -355,9 +355,9 @@ def test_files_that_cannot_be_opened(tmp_path):
 
 
 def test_an_absurd_number_of_layers_is_refused_at_once(tmp_path):
-    config = {**TINY_LLAMA, "num_hidden_layers": 10**12}
+    config = {**TINY_LLAMA, "num_hidden_layers": 10**9}
     write_folder(tmp_path, config, weights_by_rule(TINY_LLAMA))
-    with pytest.raises(ModelFileError, match="30 tensors cannot make 1000000000000 layers"):
+    with pytest.raises(ModelFileError, match="30 tensors cannot make 1000000000 layers"):
         load(tmp_path)
 
 

@@ -92,7 +92,7 @@ def test_every_method_is_searched_alike(tmp_path):
         assert run.seed not in cells.SEEDS
     assert set(by_method) == set(cells.METHODS) - {"none"}
     assert all(settings == by_method["lora"] for settings in by_method.values())
-    assert len(by_method["lora"]) == 6
+    assert len(by_method["lora"]) == 3
 
 
 def test_the_other_sweeps(tmp_path):

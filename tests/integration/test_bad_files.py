@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from scripts import assemble
-from sira_jax.checkpoints import fingerprint, load_base_model
+from sira_jax.checkpoints import checksums, fingerprint, load_base_model
 from sira_jax.errors import CheckpointError, ConfigError, ModelFileError
 from sira_jax.training import loop
 from sira_jax.training.train_state import init_adapter, split_params
@@ -136,6 +136,8 @@ def edit_meta(change):
         meta = json.loads((step / "meta/metadata").read_text())
         change(meta)
         (step / "meta/metadata").write_text(json.dumps(meta))
+        # Not damage, but another run's.
+        checksums.write(step)
 
     return damage
 
@@ -143,11 +145,11 @@ def edit_meta(change):
 CHECKPOINTS = [
     (lambda step: shutil.rmtree(step.parent), "latest", "--workdir={workdir}: has no checkpoints"),
     (shutil.rmtree, "latest", "{workdir}/checkpoints: has no whole checkpoint"),
-    (cut_arrays, "latest", "{step}: cannot be restored"),
-    (lambda step: shutil.rmtree(step / "adapter"), "latest", "{step}: cannot be restored"),
-    (cut("meta/metadata", 40), "best", "{step}: cannot be restored"),
-    (write("adapter/manifest.ocdbt", b""), "latest", "{step}: cannot be restored"),
-    (write("meta/metadata", b""), "best", "{step}: cannot be restored"),
+    (cut_arrays, "latest", "{step}: is damaged: "),
+    (lambda step: shutil.rmtree(step / "adapter"), "latest", "{step}: is damaged: "),
+    (cut("meta/metadata", 40), "best", "{step}: is damaged: "),
+    (write("adapter/manifest.ocdbt", b""), "latest", "{step}: is damaged: "),
+    (write("meta/metadata", b""), "best", "{step}: is damaged: "),
     (edit_meta(dict.clear), "best", "{step}"),
     (edit_meta(lambda m: m.update(base_fingerprint="ab12")), "best", "{step}: was trained on", "ab12"),
     (

@@ -3,9 +3,7 @@
 The mistakes in model files and run directories are in test_bad_files.py.
 """
 
-import importlib
 import json
-import sys
 
 import pytest
 from absl import flags
@@ -18,11 +16,16 @@ from tasks import bfcl
 from tasks.loading import load_task
 from tests.integration.mistakes import TASK, assert_mistake, contents, make_plan
 from tests.integration.test_whole_run import CONFIG, script
+from tests.scripts import flagged
 
 pytestmark = pytest.mark.usefixtures("no_cache")
 
 CONFIGS = [
-    ({"trian": {"num_steps": 5}}, "config='trian' is not allowed", "sections adapter, data"),
+    (
+        {"trian": {"num_steps": 5}},
+        "config='trian' is not allowed",
+        "sections adapter, bad_loss, data",
+    ),
     ({"train__stpes": 5}, "train.stpes=5", "num_steps"),
     ({"train__num_steps": "many"}, "train.num_steps='many'", "a whole number of at least 1"),
     ({"train__num_steps": 0}, "train.num_steps=0", "at least 1"),
@@ -127,12 +130,8 @@ def test_a_damaged_line_of_bfcl(line, named, tmp_path, monkeypatch):
 @pytest.fixture
 def generate():
     """scripts/generate.py; its flags, whose names other scripts use too, are taken back."""
-    before = set(flags.FLAGS)
-    yield importlib.import_module("scripts.generate")
-    for name in set(flags.FLAGS) - before:
-        delattr(flags.FLAGS, name)
-    flags.FLAGS.unparse_flags()
-    del sys.modules["scripts.generate"]
+    with flagged.imported("generate") as script:
+        yield script
 
 
 @pytest.mark.parametrize(

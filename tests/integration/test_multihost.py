@@ -13,13 +13,17 @@ import numpy as np
 import pytest
 
 from scripts import assemble
-from scripts.train import train
 from sira_jax.checkpoints.orbax import Checkpointer
 from sira_jax.training.config import make_experiment
 from sira_jax.training.logging import read_metrics
 from sira_jax.training.loop import CHECKPOINTS
 from sira_jax.training.multihost import LOST_STATUS
 from tests.hf_models import TINY_LLAMA, weights_by_rule, write_folder
+from tests.quick import QUICK_COMPILE, as_flags
+from tests.scripts import flagged
+
+# Processes compile and wait for one another for minutes; two of them in a shorter test: tests/training/test_meshes.py.
+pytestmark = pytest.mark.slow
 
 REPO = Path(__file__).resolve().parents[2]
 STEPS = 24
@@ -68,7 +72,8 @@ def unbroken(config_file, tmp_path_factory):
     scope = {}
     exec(config_file.read_text(), scope)
     plan = assemble.Plan(make_experiment(scope["get_config"]().to_dict()))
-    assert train(plan, workdir, tensorboard=False) == "done"
+    with flagged.imported("train") as script:
+        assert script.train(plan, workdir, tensorboard=False) == "done"
     return workdir
 
 
@@ -89,9 +94,8 @@ def start(config_file, programs):
         command = [sys.executable, str(REPO / "scripts/train.py"), f"--config={config_file}"]
         command += [f"--workdir={workdir}", "--tensorboard=false", "--multihost"]
         command += [f"--multihost_patience={PATIENCE}", *flags]
-        flags = f"--xla_force_host_platform_device_count={devices}"
         common = {
-            "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0",
+            "XLA_FLAGS": as_flags(QUICK_COMPILE, devices),
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(programs),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

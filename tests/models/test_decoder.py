@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -151,11 +152,36 @@ def test_scanned_layers_equal_layers_apart(sira_params, plain_result):
 
 @pytest.mark.parametrize(
     "policy",
-    ["full", *(pytest.param(p, marks=pytest.mark.slow) for p in ("dots", "dots_no_batch"))],
+    [
+        "projections",
+        *(pytest.param(p, marks=pytest.mark.slow) for p in ("full", "dots", "dots_no_batch")),
+    ],
 )
 def test_memory_policies_change_nothing(policy, sira_params, plain_result):
     result = loss_and_grads(decoder_config(remat_policy=policy), sira_params, PACKED)
     assert_trees_close(result, plain_result)
+
+
+@pytest.mark.parametrize("adapter", [None, SIRA], ids=["frozen", "sira"])
+def test_the_policy_projections_computes_only_attention_again(adapter):
+    def products(policy):
+        model = Decoder(decoder_config(remat_policy=policy), adapter)
+        params = decoder_params(model)
+
+        def loss(params):
+            return jnp.sum(model.apply({"params": params}, PACKED, method="features") ** 2)
+
+        return count_products(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
+
+    # The scores of attention, in the one block that is compiled.
+    assert products("projections") == products("none") + 1
+    assert products("full") > products("none") + 7
+
+
+def count_products(jaxpr):
+    inner = [part for e in jaxpr.eqns for part in jax.extend.core.jaxprs_in_params(e.params)]
+    own = sum(equation.primitive.name == "dot_general" for equation in jaxpr.eqns)
+    return own + sum(count_products(part) for part in inner)
 
 
 def test_memory_policy_without_scan(sira_params, plain_result):

@@ -160,7 +160,7 @@ def test_layers_apart_and_recomputed_change_nothing(sira_params, plain_result):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["full", "dots"])
+@pytest.mark.parametrize("policy", ["full", "projections", "dots"])
 def test_memory_policies_change_nothing(policy, sira_params, plain_result):
     result = loss_and_grads(t5_config(remat_policy=policy), sira_params, PACKED)
     assert_trees_close(result, plain_result)

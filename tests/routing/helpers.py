@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sira_jax.routing import load_balance_loss, mix_experts, route, router_z_loss
+from tests.quick import QUICK_COMPILE
 
 ALGORITHMS = ("einsum", "masked", "ragged")
 
@@ -27,10 +28,6 @@ def make_layer(config, groups, tokens, d_in, d_out, rank, *, seed=0, valid_share
         "cotangent": normal(groups, tokens, d_out),
     }
     return arrays, rng.random((groups, tokens)) < valid_share
-
-
-# Tests compile many small programs and run each a few times.
-QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 quick_jit = functools.partial(jax.jit, compiler_options=QUICK_COMPILE)

@@ -2,7 +2,10 @@
 
 import pytest
 
+from scripts.benchmark_data import run_data_benchmark
+from scripts.benchmark_scaling import plot_scaling, run_scaling_benchmark
 from scripts.benchmark_step import method_adapters, run_step_benchmark, step_adapters
+from sira_jax.adapters import LoRAConfig, SiRAConfig
 from sira_jax.errors import ConfigError
 from tests.tiny import decoder_config
 
@@ -55,3 +58,35 @@ def test_without_a_lora_of_the_same_rank_there_is_no_ratio_to_it():
     )
     assert row["vs_same_rank"] is None
     assert row["vs_first"] == 1.0
+
+
+@pytest.mark.slow
+def test_sizes_take_turns_and_lie_beside_a_line(tmp_path):
+    adapter = SiRAConfig(num_experts=2, rank=1, num_selected_experts=1)
+    rows = run_scaling_benchmark(
+        decoder_config(num_layers=1), adapter, [1, 2], [2, 4], length=4, repeats=2
+    )
+    assert [(row["series"], row["value"]) for row in rows] == [
+        ("tokens", 4),
+        ("tokens", 8),
+        ("experts", 2),
+        ("experts", 4),
+    ]
+    # Two points are on their line.
+    assert all(row["fit_s"] == pytest.approx(row["median_s"]) for row in rows)
+    assert all(row["off_line"] == pytest.approx(0, abs=1e-9) for row in rows)
+    plot_scaling(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.slow
+def test_real_batches_are_held_against_a_fixed_one():
+    config = decoder_config(num_layers=1, vocab_size=384)
+    fixed, data = run_data_benchmark(
+        config, LoRAConfig(rank=1), "cldr_number_en", batch_size=2, length=128, repeats=3
+    )
+    assert (fixed["side"], fixed["vs_fixed"], fixed["fetch_ms"]) == ("fixed", 1.0, None)
+    assert data["side"] == "data"
+    assert data["fetch_ms"] > 0
+    # A step on new data has its own time and that of the batch.
+    assert data["min_s"] > data["fetch_ms"] / 1e5

@@ -9,17 +9,16 @@ from pathlib import Path
 import pytest
 
 from tests.hf_models import TINY_LLAMA, weights_by_rule, write_folder
+from tests.quick import QUICK_COMPILE, as_flags
 
 REPO = Path(__file__).resolve().parents[2]
-# Compiling takes most of the time: let XLA do less of it.
-FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def compare(workdir, *arguments):
     return subprocess.run(
         [sys.executable, "scripts/compare.py", f"--workdir={workdir}", *arguments],
         cwd=REPO,
-        env={**os.environ, "XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "XLA_FLAGS": as_flags(QUICK_COMPILE), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=600,

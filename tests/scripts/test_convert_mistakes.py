@@ -124,7 +124,7 @@ MISTAKES = {
     "adapter: damaged": (
         lambda t, m, r: ("adapter", damaged_run(t, r)),
         CheckpointError,
-        "checkpoints/2: cannot be restored",
+        "checkpoints/2: is damaged",
     ),
     "adapter: unknown step": (
         lambda t, m, r: ("adapter", r / "lora", "--checkpoint=3"),

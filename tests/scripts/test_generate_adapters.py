@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from scripts import assemble, cli
+from sira_jax.checkpoints import checksums
 from sira_jax.errors import CheckpointError, ConfigError, DataError
 from sira_jax.models import Decoder
 from sira_jax.training.train_state import merge_params, split_params
@@ -222,6 +223,7 @@ def edited(runs, copy, change):
         meta = json.loads(file.read_text())
         change(meta)
         file.write_text(json.dumps(meta))
+    checksums.write(copy / "checkpoints/2")
     return copy
 
 

@@ -165,3 +165,31 @@ def test_a_convolution_counts_what_it_multiplies(stride, pad, left_dilation, dil
         f"window={{{window}}}, dim_labels=bf0_oi0->bf0",
     )
     assert flops == 2 * float(result.sum())
+
+
+def test_a_fusion_that_gives_another_shape_hands_on_what_its_user_reads():
+    text = """%view (p: f32[1,8,16]) -> f32[8,16] {
+      %p = f32[1,8,16] parameter(0)
+      ROOT %b = f32[8,16] bitcast(%p)
+    }
+    %fused (a: f32[4,8], w: f32[1,8,16], v: f32[1,8,16]) -> f32[4,16] {
+      %a = f32[4,8] parameter(0)
+      %w = f32[1,8,16] parameter(1)
+      %v = f32[1,8,16] parameter(2)
+      %whole = f32[8,16] fusion(%w), kind=kLoop, calls=%view
+      %other = f32[8,16] fusion(%v), kind=kLoop, calls=%view
+      %part = f32[1,16] slice(%other), slice={[0:1], [0:16]}
+      %row = f32[4,16] broadcast(%part), dimensions={0,1}
+      %c = f32[4,16] dot(%a, %whole), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+      ROOT %sum = f32[4,16] add(%c, %row)
+    }
+    ENTRY %m (x: f32[4,8], y: f32[1,8,16], z: f32[1,8,16]) -> f32[4,16] {
+      %x = f32[4,8] parameter(0)
+      %y = f32[1,8,16] parameter(1)
+      %z = f32[1,8,16] parameter(2)
+      ROOT %f = f32[4,16] fusion(%x, %y, %z), kind=kOutput, calls=%fused
+    }"""
+    cost = Counter(parse(text)).total
+    # The whole of y, one row of z.
+    assert cost.read_bytes == 4 * (4 * 8 + 8 * 16 + 16)
+    assert cost.written_bytes == 4 * 4 * 16

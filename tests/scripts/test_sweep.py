@@ -282,7 +282,9 @@ def test_the_script(sweep_file, tmp_path, monkeypatch, capsys):
     assert out.splitlines()[0] == "waiting  lora/seed0"
     assert out.splitlines()[-1] == "4 runs: 4 waiting"
     assert not (tmp_path / "w").exists()
-    out = call("sweep", f"--sweep={path}", workdir, "--only=lora/seed1,sira/seed0")
+    out = call("sweep", f"--sweep={path}", workdir, "--dry_run", "--only=*/seed1")
+    assert [line.split()[-1] for line in out.splitlines()[:-1]] == ["lora/seed1", "sira/seed1"]
+    call("sweep", f"--sweep={path}", workdir, "--only=lora/seed1,sira/seed0")
     assert [c[1:] for c in calls(file)] == [["lora", "seed1"]] * 2 + [["sira", "seed0"]] * 2
     # A config is looked at once, whatever its seeds.
     assert [run.adapter.method for run in planned] == ["lora", "sira"]

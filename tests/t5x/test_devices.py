@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from sira_jax.adapters import SiRAConfig
+from tests.quick import QUICK_COMPILE, as_flags
 from tests.t5x.tiny_t5x import (
     MISSING,
     T5XRun,
@@ -40,7 +41,7 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     directory = tmp_path_factory.mktemp("devices")
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = as_flags(QUICK_COMPILE, devices=8)
     done = subprocess.run(
         [sys.executable, "-m", "tests.t5x.test_devices", str(directory)],
         cwd=Path(__file__).parents[2],

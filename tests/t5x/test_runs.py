@@ -13,6 +13,7 @@ import pytest
 
 from sira_jax.adapters import is_adapter, make_config, partition
 from sira_jax.checkpoints.adapter_file import CONFIG, read_header
+from tests.quick import QUICK_COMPILE, as_flags
 from tests.t5x.tiny_t5x import MISSING
 
 pytestmark = pytest.mark.t5x
@@ -28,7 +29,7 @@ def run(script, files, *bindings, check=True):
     command = [sys.executable, str(REPOSITORY / "scripts" / f"t5x_{script}.py")]
     command += [f"--gin_file={name}" for name in files]
     command += [f"--gin.{binding}" for binding in bindings]
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+    flags = as_flags(QUICK_COMPILE)
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         command,

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-from pathlib import Path
 
 import pytest
 
@@ -128,7 +127,7 @@ def test_a_state_of_an_older_version_has_no_files(root):
 
 @pytest.mark.parametrize("failures", [2, 3])
 def test_a_network_file_system_gets_a_few_attempts(root, monkeypatch, failures):
-    read, pauses = Path.read_bytes, []
+    read, pauses = reading.files.read_bytes, []
     left = [failures]
 
     def read_bytes(path):
@@ -137,7 +136,7 @@ def test_a_network_file_system_gets_a_few_attempts(root, monkeypatch, failures):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return read(path)
 
-    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    monkeypatch.setattr(reading.files, "read_bytes", read_bytes)
     monkeypatch.setattr(reading.time, "sleep", pauses.append)
     if failures == 2:
         assert reading.read_bytes(root / FILE).startswith(b'{"question"')

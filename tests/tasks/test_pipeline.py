@@ -184,14 +184,14 @@ def test_processes_hold_the_rows_of_one_global_batch(shares):
         ({"rates": (1.0, 1.0, 1.0)}, "rates"),
         ({"bos_id": 7}, "bos_id"),
         ({"tasks": (*TASKS[:2], make_task("d", 5, 3000))}, "tasks"),
-        ({"tasks": (*TASKS[:2], make_task("c", 6, 3000))}, "sizes"),
-        ({"tasks": (*TASKS[:2], make_task("c", 5, 3001))}, "data"),
+        ({"tasks": (*TASKS[:2], make_task("c", 6, 3000))}, "the examples of task c/train"),
+        ({"tasks": (*TASKS[:2], make_task("c", 5, 3001))}, "the examples of task c/train"),
     ],
 )
 def test_restoring_into_another_pipeline_fails(change, field):
     source = pipeline(**change)
     before = source.state()
-    with pytest.raises(CheckpointError, match=f"of another run: {field} was"):
+    with pytest.raises(CheckpointError, match=f"of another run: {field} was|{field} have changed"):
         source.restore(pipeline().state())
     assert source.state() == before
 

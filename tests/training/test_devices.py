@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.quick import QUICK_COMPILE, as_flags
+
 REPOSITORY = Path(__file__).parents[2]
 MESHES = {
     "one": {"data": 1},
@@ -27,10 +29,7 @@ STEPS = 3
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     directory = tmp_path_factory.mktemp("devices")
-    flags = (
-        os.environ.get("XLA_FLAGS", "")
-        + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    )
+    flags = as_flags(QUICK_COMPILE, devices=8)
     done = subprocess.run(
         [sys.executable, "-m", "tests.training.test_devices", str(directory)],
         cwd=REPOSITORY,

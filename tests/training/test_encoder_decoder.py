@@ -34,7 +34,7 @@ from tests.tiny_t5 import layers_apart, t5_batch, t5_config, t5_params
 BATCH = t5_batch([[(6, 2), (4, 3)], [(3, 5)]], (12, 7), num_tasks=2)
 STEPS = 3
 REFUSED = {"milora"}
-FAST = ("lora", "sira", "dynamic_dora", "xgblora")
+FAST = ("lora", "sira")
 methods = pytest.mark.parametrize(
     "method",
     [
@@ -192,6 +192,7 @@ def test_greedy_generation_is_that_of_full_passes(method):
             assert tokens[count] == next_logits(model, params, prompt, tokens[:count]).argmax()
 
 
+@pytest.mark.slow
 def test_beams_score_what_full_passes_score():
     model, params = drawn("sira")
     config = DecodeConfig(strategy="beam", num_beams=3, max_new_tokens=3, length_penalty=0.0)

@@ -14,18 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.quick import QUICK_COMPILE, as_flags
+
 REPOSITORY = Path(__file__).parents[2]
 ONE = {"data": 1}
 ALL = {"data": 1, "fsdp": 2, "tensor": 2, "expert": 2}
-FAST = [
-    ("decoder", ONE, {}),
-    ("decoder", {"data": 8}, {"group_size": 8, "dispatch": "ragged"}),
-    ("decoder", ALL, {}),
-    ("decoder", {"data": 2, "fsdp": 2, "expert": 2}, {"dispatch": "einsum"}),
-    ("decoder", {"data": 2, "fsdp": 2, "tensor": 2}, {"dispatch": "ragged"}),
-    ("encoder_decoder", ONE, {}),
-    ("encoder_decoder", ALL, {}),
-]
+REFERENCE = ("decoder", ONE, {})
+BY_DATA = ("decoder", {"data": 8}, {"group_size": 8, "dispatch": "ragged"})
+FAST = [REFERENCE, BY_DATA, ("decoder", ALL, {})]
+BY_EXPERT = ("decoder", {"data": 2, "fsdp": 2, "expert": 2}, {"dispatch": "einsum"})
+BY_TENSOR = ("decoder", {"data": 2, "fsdp": 2, "tensor": 2}, {"dispatch": "ragged"})
+MORE = [BY_EXPERT, BY_TENSOR, ("encoder_decoder", ONE, {}), ("encoder_decoder", ALL, {})]
 SHAPES = [
     dict(zip(("data", "fsdp", "tensor", "expert"), sizes, strict=True))
     for sizes in itertools.product((1, 2, 4, 8), repeat=4)
@@ -52,8 +51,8 @@ def run_cases(cases, directory, timeout=1200, processes=1):
         for case in cases
     ]
     (directory / "cases.json").write_text(json.dumps(listed))
-    count = f"--xla_force_host_platform_device_count={8 // processes}"
-    common = {"XLA_FLAGS": f"{count} --xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+    flags = as_flags(QUICK_COMPILE, devices=8 // processes)
+    common = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -96,18 +95,34 @@ def results(tmp_path_factory):
     return run_cases(FAST, tmp_path_factory.mktemp("meshes"))
 
 
-@pytest.mark.parametrize("case", FAST[1:5] + FAST[6:], ids=name_of)
-def test_losses_and_gradients_are_those_of_one_device(results, case):
+@pytest.fixture(scope="module")
+def more_results(results, tmp_path_factory):
+    return results | run_cases(MORE, tmp_path_factory.mktemp("more_meshes"))
+
+
+def assert_one_devices(results, case):
     expected = results[name_of((case[0], ONE, {}))][0]
     got, facts = results[name_of(case)]
     assert facts["devices"] == 8
     assert_same(got, expected)
 
 
-def test_the_reference_has_something_to_get_wrong(results):
+@pytest.mark.parametrize("case", FAST[1:], ids=name_of)
+def test_losses_and_gradients_are_those_of_one_device(results, case):
+    assert_one_devices(results, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [BY_EXPERT, BY_TENSOR, MORE[-1]], ids=name_of)
+def test_losses_and_gradients_of_more_meshes_are_those_of_one_device(more_results, case):
+    assert_one_devices(more_results, case)
+
+
+@pytest.mark.slow
+def test_the_reference_has_something_to_get_wrong(more_results):
     """Drops, different losses of the two steps, and a gradient in every leaf."""
     for kind in ("decoder", "encoder_decoder"):
-        values = results[name_of((kind, ONE, {}))][0]
+        values = more_results[name_of((kind, ONE, {}))][0]
         assert abs(np.diff(values["metric/loss"])) > 1e-3
         assert np.all(values["metric/router/dropped_share"] > 0.02)
         gradients = [value for name, value in values.items() if name.startswith("gradient/")]
@@ -121,15 +136,16 @@ def kinds(facts):
 
 def test_with_data_alone_only_gradients_and_metrics_are_summed(results):
     """No token leaves its device, though a group here is a row and pairs are sorted by expert."""
-    facts = results[name_of(FAST[1])][1]
+    facts = results[name_of(BY_DATA)][1]
     assert kinds(facts) == {"all-reduce"}
     moved = sum(sum(counts) for _, counts in facts["collectives"])
     assert moved <= facts["trained"] + 100
 
 
-def test_with_fsdp_and_tensor_no_token_moves_along_the_batch(results):
+@pytest.mark.slow
+def test_with_fsdp_and_tensor_no_token_moves_along_the_batch(more_results):
     """What is gathered is the base's matrices, whole or a tensor's half; other sums are of activations along tensor."""
-    facts = results[name_of(FAST[4])][1]
+    facts = more_results[name_of(BY_TENSOR)][1]
     assert "all-to-all" not in kinds(facts)
     gathered = {
         count for kind, counts in facts["collectives"] if kind == "all-gather" for count in counts
@@ -142,8 +158,9 @@ def test_with_fsdp_and_tensor_no_token_moves_along_the_batch(results):
     assert gathered <= matrices
 
 
-def test_experts_on_other_devices_get_their_tokens_by_all_to_all(results):
-    assert "all-to-all" in kinds(results[name_of(FAST[3])][1])
+@pytest.mark.slow
+def test_experts_on_other_devices_get_their_tokens_by_all_to_all(more_results):
+    assert "all-to-all" in kinds(more_results[name_of(BY_EXPERT)][1])
 
 
 def test_two_processes_compute_what_one_device_does(results, tmp_path):
@@ -158,12 +175,12 @@ def test_two_processes_compute_what_one_device_does(results, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_compute_what_one_device_does(results, tmp_path, processes):
+def test_processes_compute_what_one_device_does(more_results, tmp_path, processes):
     """Rows that processes share, along tensor, too."""
     meshes = (ALL, {"data": 2, "tensor": 4}, {"data": 1, "expert": 8})
     cases = [(kind, mesh, {}) for kind in ("decoder", "encoder_decoder") for mesh in meshes]
     for name, (got, _) in run_cases(cases, tmp_path, processes=processes).items():
-        assert_same(got, results[name.split("-")[0]][0])
+        assert_same(got, more_results[name.split("-")[0]][0])
 
 
 @pytest.mark.slow
