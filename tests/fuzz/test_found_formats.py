@@ -271,6 +271,13 @@ def test_t5x_layers_without_number(tmp_path):
     )
 
 
+@pytest.mark.parametrize("text", [DEEP, '{"a":' * 100_000, "[]", "9" * 5000])
+def test_t5x_array_whose_description_ends_tensorstore(text, checkpoint):
+    file = checkpoint.parent / "target.token_embedder.embedding" / ".zarray"
+    file.write_text(text)
+    assert_mistake(ModelFileError, lambda: load(checkpoint), file)
+
+
 def test_t5x_chunks_that_hold_more_than_the_array(checkpoint):
     folder = checkpoint.parent / "target.token_embedder.embedding"
     edit(folder / ".zarray", chunks=[10**6, 10**6])
