@@ -21,7 +21,7 @@ from tests.integration.mistakes import assert_mistake
 from tests.scripts import synthetic_runs
 
 
-@pytest.mark.parametrize("pattern", ["a{99999999999999}", "(" * 5000 + ")" * 5000])
+@pytest.mark.parametrize("pattern", ["a{99999999999999}", "(" * 5000 + ")" * 5000, "[[a]"])
 def test_patterns_that_cannot_be_compiled(pattern):
     assert_mistake_of_any_length(
         ConfigError,

@@ -175,10 +175,13 @@ def test_merges_that_make_tokenizers_panic(merge, prefix, tmp_path):
     assert_mistake(DataError, lambda: tasks.make_vocabulary(f"tokenizers:{path}"), path, "merge")
 
 
-def test_a_piece_that_is_no_text():
+def test_a_piece_that_is_no_text(tmp_path):
     model = spiece.train().replace(b"<unk>", b"\xffunk>")
     named = ("m.model", "no UTF-8")
     assert_mistake(ModelFileError, lambda: tokenizer_from_spiece("m.model", model, 256), *named)
+    (tmp_path / "m.model").write_bytes(model)
+    vocabulary = f"sentencepiece:{tmp_path}/m.model"
+    assert_mistake(DataError, lambda: tasks.make_vocabulary(vocabulary), *named)
 
 
 @pytest.mark.parametrize(
