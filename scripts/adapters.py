@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fnmatch
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -231,11 +232,11 @@ def _naming(name: str) -> Iterator[None]:
 
 
 def _is_folder(directory: str) -> bool:
-    return (Path(directory) / ADAPTER_CONFIG).is_file()
+    return os.path.isfile(Path(directory) / ADAPTER_CONFIG)
 
 
 def _check_run(directory: str) -> None:
-    if not (Path(directory) / loop.CONFIG_FILE).is_file():
+    if not os.path.isfile(Path(directory) / loop.CONFIG_FILE):
         raise ConfigError(
             f"{directory}: is neither a run directory ({loop.CONFIG_FILE}) nor an adapter folder ({ADAPTER_CONFIG})"
         )

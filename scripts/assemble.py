@@ -3,6 +3,7 @@
 `Plan` holds what can be known without loading weights or data, so that a script finds mistakes first.
 """
 
+import os
 import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -339,7 +340,7 @@ def restore_adapter(
     if not workdir:
         raise ConfigError("--workdir=DIR is needed, a run with an adapter (or --checkpoint=none)")
     directory = Path(workdir) / loop.CHECKPOINTS
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise CheckpointError(f"--workdir={workdir}: has no checkpoints")
     checkpointer = loop.make_checkpointer(Path(workdir), experiment)
     try:

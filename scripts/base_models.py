@@ -1,6 +1,6 @@
 """Finding and loading the base model of an experiment."""
 
-from pathlib import Path
+import os
 
 import jax
 
@@ -30,7 +30,7 @@ def find_model(path: str) -> str:
                 f"model.path={path!r} is not downloaded: run `python scripts/download_data.py {path}`"
             )
         return str(folder / files[0])
-    if not Path(path).exists():
+    if not os.path.exists(path):  # False too for what cannot be a name
         known = [
             n for n, p in download.PACKAGES.items() if any(m.endswith("gguf") for m in p.members)
         ]

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import os
 import re
 import runpy
 import traceback
@@ -22,6 +23,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PLAN_FILE = "sweep.json"
 # Keys of a run that are no field of the experiment.
 CONFIG_KEY, NAME_KEY = "config", "name"
+_LONGEST_PART = 200  # directories may have 255 bytes
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 
 
@@ -181,8 +183,9 @@ def _identity(experiment: ExperimentConfig) -> str:
 
 def _load(path: str, flag: str) -> dict[str, Any]:
     """The names that a Python file defines; a relative path is of the working directory, else of the repository."""
-    found = Path(path) if Path(path).is_file() else REPOSITORY / path
-    if not found.is_file():
+    # os.path says False where pathlib raises: for names that no file can have.
+    found = Path(path) if os.path.isfile(path) else REPOSITORY / path
+    if not os.path.isfile(found):
         raise ConfigError(f"{flag}={path}: no such file")
     try:
         return runpy.run_path(str(found))
@@ -254,6 +257,12 @@ def _check_name(name: Any, what: str) -> None:
             f"{what}: {NAME_KEY}={name!r} is not allowed: letters, digits and . _ + = - in parts"
             " that begin with a letter or digit, joined by /"
         )
+    longest = max(parts, key=len)
+    if len(longest) > _LONGEST_PART:
+        raise ConfigError(
+            f"{what}: the name {longest[:40]}... has {len(longest)} characters: at most"
+            f" {_LONGEST_PART}; {NAME_KEY!r} gives the run another"
+        )
 
 
 def _override(config: ConfigDict, overrides: Mapping[str, Any], what: str) -> None:
@@ -266,8 +275,11 @@ def _override(config: ConfigDict, overrides: Mapping[str, Any], what: str) -> No
             fields = ", ".join(holder) if isinstance(holder, ConfigDict) else ", ".join(config)
             raise ConfigError(f"{what}: {field}={value!r}: no such field; there are {fields}")
         # The dataclasses check types, and allow more than the type of the default.
-        with holder.ignore_type():
-            holder[last] = value
+        try:
+            with holder.ignore_type():
+                holder[last] = value
+        except (TypeError, ValueError) as error:  # a mapping whose keys have dots, for example
+            raise ConfigError(f"{what}: {field}={value!r} is not allowed: {error}") from None
 
 
 def _name(config: str, overrides: Mapping[str, Any]) -> str:

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 import tokenizers
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
 
 from sira_jax import json_text
 
@@ -42,6 +44,27 @@ def check_charsmap(data: bytes) -> None:
         raise ValueError("its trie points beyond its texts")
     if np.any((np.frombuffer(texts, np.uint8)[values] & 0xC0) == 0x80):
         raise ValueError("its trie points into a character")
+
+
+def read_spiece(data: bytes) -> sentencepiece_model_pb2.ModelProto:
+    """A SentencePiece model's pieces and settings; ValueError if it is none, or not to be trusted to a library."""
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(data)
+    except DecodeError:
+        raise ValueError("it cannot be read") from None
+    if not proto.pieces:
+        raise ValueError("it has no pieces")
+    if any(
+        not isinstance(piece.piece, str) for piece in proto.pieces
+    ):  # bytes, where it is no UTF-8
+        raise ValueError("it has a piece that is no UTF-8")
+    if proto.normalizer_spec.precompiled_charsmap:
+        try:
+            check_charsmap(proto.normalizer_spec.precompiled_charsmap)
+        except ValueError as error:
+            raise ValueError(f"precompiled_charsmap cannot be used: {error}") from None
+    return proto
 
 
 def make_tokenizer(text: str) -> tokenizers.Tokenizer:

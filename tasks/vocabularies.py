@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import sentencepiece
 import tokenizers
-from google.protobuf.message import DecodeError
-from sentencepiece import sentencepiece_model_pb2
 
 from sira_jax import json_text
 from sira_jax.errors import DataError
 from sira_jax.files import read_bytes
-from sira_jax.tokenizer_text import check_charsmap, library_errors, make_tokenizer
+from sira_jax.tokenizer_text import library_errors, make_tokenizer, read_spiece
 
 if TYPE_CHECKING:
     import seqio
@@ -120,14 +118,15 @@ class SentencePieceVocabulary(Vocabulary):
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         data = _read(self.path, "SentencePiece model")
-        _check_pieces(self.path, data)
+        try:
+            read_spiece(data)
+        except ValueError as error:
+            raise DataError(f"{self.path} is not a SentencePiece model: {error}") from None
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(data)
         except RuntimeError:
             raise DataError(f"{self.path} is not a SentencePiece model") from None
-        if self._model.GetPieceSize() == 0:
-            raise DataError(f"{self.path} is not a SentencePiece model: it has no pieces")
         self._digest = hashlib.sha256(data).hexdigest()[:16]
         self.vocab_size = self._model.GetPieceSize()
         self.eos_id, self.bos_id, self.unk_id = (
@@ -284,17 +283,6 @@ def _read(path: Path, what: str) -> bytes:
         return read_bytes(path)
     except OSError as error:
         raise DataError(f"cannot read the {what} {path}: {error.strerror}") from None
-
-
-def _check_pieces(path: Path, data: bytes) -> None:
-    """Raises DataError for what the library would read without a look at its range."""
-    proto = sentencepiece_model_pb2.ModelProto()
-    try:
-        proto.ParseFromString(data)
-        if proto.normalizer_spec.precompiled_charsmap:
-            check_charsmap(proto.normalizer_spec.precompiled_charsmap)
-    except (DecodeError, ValueError) as error:
-        raise DataError(f"{path} is not a SentencePiece model ({error})") from None
 
 
 def _special_ids(path: Path, tokenizer: tokenizers.Tokenizer) -> dict[str, int]:

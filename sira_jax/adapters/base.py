@@ -6,6 +6,7 @@ Axis letters: B batch, T length, D features in, F features out, R rank.
 import abc
 import dataclasses
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -291,8 +292,12 @@ def _check_pattern(field: str, pattern: object) -> None:
     allowed = f"projection names ({', '.join(PROJECTIONS)}) or regular expressions"
     check(isinstance(pattern, str) and pattern != "", field, pattern, allowed)
     try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "error", FutureWarning
+            )  # of patterns that will mean something else
+            re.compile(pattern)
+    except (re.error, FutureWarning, OverflowError, RecursionError) as error:
         raise ConfigError(f"{field}={pattern!r} is not allowed: {allowed} ({error})") from None
 
 

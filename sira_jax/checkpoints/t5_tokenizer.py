@@ -7,11 +7,10 @@ Sources: the sentencepiece library, with whose own ids tests compare; arXiv 2105
 import base64
 import json
 
-from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 from sira_jax.errors import ModelFileError
-from sira_jax.tokenizer_text import check_charsmap
+from sira_jax.tokenizer_text import read_spiece
 
 SPIECE = "spiece.model"
 _UNIGRAM = 1  # of trainer_spec.model_type
@@ -35,16 +34,11 @@ def tokenizer_from_spiece(
     Raises:
       ModelFileError: if it is no such model, of another kind, or has more ids than the embedding.
     """
-    proto = sentencepiece_model_pb2.ModelProto()
     try:
-        proto.ParseFromString(data)
-    except DecodeError:
-        raise ModelFileError(f"{path}: not a SentencePiece model") from None
+        proto = read_spiece(data)
+    except ValueError as error:
+        raise ModelFileError(f"{path}: not a SentencePiece model: {error}") from None
     trainer, pieces = proto.trainer_spec, proto.pieces
-    if not pieces:
-        raise ModelFileError(f"{path}: not a SentencePiece model: it has no pieces")
-    if any(not isinstance(piece.piece, str) for piece in pieces):  # bytes, where it is no UTF-8
-        raise ModelFileError(f"{path}: not a SentencePiece model: it has a piece that is no UTF-8")
     if trainer.model_type != _UNIGRAM:
         name = trainer.ModelType.Name(trainer.model_type)
         raise ModelFileError(f"{path}: trainer_spec.model_type={name} is not supported: UNIGRAM")
@@ -52,11 +46,6 @@ def tokenizer_from_spiece(
         raise ModelFileError(
             f"{path}: is not supported: whitespace must be a prefix of pieces, written {_SPACE}"
         )
-    try:
-        if proto.normalizer_spec.precompiled_charsmap:
-            check_charsmap(proto.normalizer_spec.precompiled_charsmap)
-    except ValueError as error:
-        raise ModelFileError(f"{path}: precompiled_charsmap cannot be used: {error}") from None
     if extra_ids is None:
         has_them = any(piece.piece.endswith("<extra_id_0>") for piece in pieces)
         extra_ids = 0 if has_them or len(pieces) + 100 > vocab_size else 100

@@ -19,6 +19,7 @@ from flax import serialization
 
 from sira_jax.checkpoints.base_model import BaseModel
 from sira_jax.checkpoints.layout import ShardingFn, load_params
+from sira_jax.checkpoints.safetensors import read_json
 from sira_jax.checkpoints.t5_layout import t5x_layout
 from sira_jax.checkpoints.t5_tokenizer import tokenizer_from_spiece
 from sira_jax.checkpoints.tokenizer import SpecialTokens
@@ -173,6 +174,8 @@ class T5XSource:
         if not os.path.exists(os.path.join(place, ".zarray")):
             raise ModelFileError(f"{place}: no such zarr array, which {self.path} names")
         _check_files(place)
+        # tensorstore would read it to the end of its stack, however deep it is.
+        read_json(os.path.join(place, ".zarray"))
         try:
             array = tensorstore.open(
                 {"driver": "zarr", "kvstore": {"driver": "file", "path": place + "/"}},

@@ -6,6 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from scripts import assemble, cli, run_results, sweep_plan
+from scripts.base_models import find_model
 from scripts.launch.config import make_launch
 from scripts.launch.tpus import TpuConfig
 from sira_jax.adapters import make_config
@@ -21,7 +22,7 @@ from tests.integration.mistakes import assert_mistake
 from tests.scripts import synthetic_runs
 
 
-@pytest.mark.parametrize("pattern", ["a{99999999999999}", "(" * 5000 + ")" * 5000])
+@pytest.mark.parametrize("pattern", ["a{99999999999999}", "(" * 5000 + ")" * 5000, "[[a]"])
 def test_patterns_that_cannot_be_compiled(pattern):
     assert_mistake_of_any_length(
         ConfigError,
@@ -45,6 +46,32 @@ def test_a_sweep_whose_runs_would_lie_elsewhere(name, tmp_path):
     plan["runs"][0]["name"] = name
     (tmp_path / "sweep.json").write_text(json.dumps(plan))
     assert_mistake(DataError, lambda: sweep_plan.load_sweep(tmp_path), tmp_path / "sweep.json")
+
+
+@pytest.mark.parametrize(
+    ("run", "named"),
+    [
+        ({"adapter.rank": {"adapter.rank": 1}, "name": "a"}, "adapter.rank="),
+        ({"config": "x" * 5000, "name": "a"}, "no such file"),
+        ({"name": "a/" + "x" * 300}, "300 characters"),
+        ({"data.vocabulary": "x" * 300}, "at most 200"),
+    ],
+)
+def test_a_run_of_a_sweep_file(run, named, tmp_path):
+    config_files.make_sweep_file(tmp_path)
+    edit(tmp_path / "runs.json", runs=[run])
+
+    def read():
+        sweep_plan.read_sweep(str(tmp_path / "sweep.py"), tmp_path / "out")
+
+    assert_mistake_of_any_length(ConfigError, read, tmp_path / "sweep.py", named)
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "a\0b"])
+def test_a_model_whose_path_no_file_can_have(path):
+    assert_mistake_of_any_length(
+        ConfigError, lambda: find_model(path), "model.path", "no such file"
+    )
 
 
 @pytest.mark.parametrize("section", [True, 3, None, "text", [1]])

@@ -175,10 +175,13 @@ def test_merges_that_make_tokenizers_panic(merge, prefix, tmp_path):
     assert_mistake(DataError, lambda: tasks.make_vocabulary(f"tokenizers:{path}"), path, "merge")
 
 
-def test_a_piece_that_is_no_text():
+def test_a_piece_that_is_no_text(tmp_path):
     model = spiece.train().replace(b"<unk>", b"\xffunk>")
     named = ("m.model", "no UTF-8")
     assert_mistake(ModelFileError, lambda: tokenizer_from_spiece("m.model", model, 256), *named)
+    (tmp_path / "m.model").write_bytes(model)
+    vocabulary = f"sentencepiece:{tmp_path}/m.model"
+    assert_mistake(DataError, lambda: tasks.make_vocabulary(vocabulary), *named)
 
 
 @pytest.mark.parametrize(
@@ -269,6 +272,13 @@ def test_t5x_layers_without_number(tmp_path):
     assert_mistake(
         ModelFileError, lambda: load(path, model_files.T5X_SCANNED), path, f"{10**12} layers"
     )
+
+
+@pytest.mark.parametrize("text", [DEEP, '{"a":' * 100_000, "[]", "9" * 5000])
+def test_t5x_array_whose_description_ends_tensorstore(text, checkpoint):
+    file = checkpoint.parent / "target.token_embedder.embedding" / ".zarray"
+    file.write_text(text)
+    assert_mistake(ModelFileError, lambda: load(checkpoint), file)
 
 
 def test_t5x_chunks_that_hold_more_than_the_array(checkpoint):

@@ -42,7 +42,7 @@ def test_damaged_files(name, tmp_path, monkeypatch):
 def test_for_a_long_time(name):
     seconds = float(os.environ.get("FUZZ_SECONDS") or 300) / len(ALL)
     summary = fuzz(name, int(os.environ.get("FUZZ_SEED") or 0), seconds)
-    print(f"\n{summary.row(name)}")
+    print("\n" + "\n".join([summary.row(name), *summary.findings]))
     assert summary.refused > 0
     assert not summary.findings, "\n".join(summary.findings)
 
