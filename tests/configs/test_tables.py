@@ -64,6 +64,13 @@ def test_methods_and_seeds(table, columns, tmp_path):
     assert {run.method for run in others} == {"dora", "mov"}
 
 
+def test_single_tasks_by_name(tmp_path):
+    found = sweep("single", "laptop/xtreme_up_ner_sw/gsm8k,lora", tmp_path).runs
+    tasks = ("xtreme_up_ner_sw", "gsm8k")
+    assert {run.experiment.data.tasks for run in found} == {(task,) for task in tasks}
+    assert {run.method for run in found} == {"lora"}
+
+
 def test_ablations_share_the_default_and_keep_the_scale_of_lora(tmp_path):
     found = sweep("ablations", "laptop", tmp_path)
     assert found.same["capacity/1.25/seed1"] == "k/4/seed1"
