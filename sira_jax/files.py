@@ -30,8 +30,6 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
     """Turns a full or failing device into a StorageError that names the file; other errors pass."""
     try:
         yield
-    except StorageError:
-        raise
     except OSError as error:
         if error.errno not in STORAGE_ERRORS:
             raise

@@ -55,9 +55,8 @@ def read_spiece(data: bytes) -> sentencepiece_model_pb2.ModelProto:
         raise ValueError("it cannot be read") from None
     if not proto.pieces:
         raise ValueError("it has no pieces")
-    if any(
-        not isinstance(piece.piece, str) for piece in proto.pieces
-    ):  # bytes, where it is no UTF-8
+    # Bytes where it is no UTF-8.
+    if any(not isinstance(piece.piece, str) for piece in proto.pieces):
         raise ValueError("it has a piece that is no UTF-8")
     if proto.normalizer_spec.precompiled_charsmap:
         try:
@@ -69,7 +68,10 @@ def read_spiece(data: bytes) -> sentencepiece_model_pb2.ModelProto:
 
 def make_tokenizer(text: str) -> tokenizers.Tokenizer:
     """The tokenizer that the text of a tokenizer.json describes; ValueError if it describes none."""
-    content = json_text.parse(text)
+    try:
+        content = json_text.parse(text)
+    except ValueError as error:
+        raise ValueError(f"not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"a JSON object is needed, found {type(content).__name__}")
     for table in _tables(content.get("normalizer")):

@@ -26,6 +26,7 @@ from sira_jax.checkpoints.gguf_header import MAGIC
 from sira_jax.checkpoints.hf_config import CONFIG
 from sira_jax.checkpoints.hf_models import read_model_config, write_model_config
 from sira_jax.checkpoints.layout import Leaf, ShardingFn, flatten, leaves, load_params
+from sira_jax.checkpoints.model_file import opening
 from sira_jax.checkpoints.safetensors import (
     INDEX,
     WEIGHTS,
@@ -155,11 +156,8 @@ def _is_gguf(path: str) -> bool:
         return False
     if not os.path.exists(path):
         raise ModelFileError(f"{path}: no such file or folder")
-    try:
-        with open_binary(path) as file:
-            magic = file.read(len(MAGIC))
-    except OSError as error:
-        raise ModelFileError(f"{path}: cannot be opened ({error.strerror})") from None
+    with opening(path), open_binary(path) as file:
+        magic = file.read(len(MAGIC))
     if magic != MAGIC and not path.lower().endswith(".gguf"):
         raise ModelFileError(
             f"{path}: neither a GGUF file nor a folder; of a Hugging Face model, give the folder"

@@ -2,6 +2,7 @@
 
 import os
 
+from sira_jax.checkpoints.model_file import opening
 from sira_jax.checkpoints.safetensors import parse_json, read_json
 from sira_jax.checkpoints.t5_tokenizer import SPIECE, byte_tokenizer, tokenizer_from_spiece
 from sira_jax.errors import ModelFileError
@@ -30,7 +31,8 @@ def read_tokenizer(path: str, vocab_size: int) -> str:
     settings = read_optional_json(path, TOKENIZER_CONFIG)
     spiece_path = os.path.join(path, SPIECE)
     if os.path.exists(spiece_path):
-        data = _read_bytes(spiece_path)
+        with opening(spiece_path):
+            data = read_bytes(spiece_path)
         extra_ids = settings.get("extra_ids")
         if extra_ids is not None and (type(extra_ids) is not int or extra_ids < 0):
             raise ModelFileError(
@@ -48,18 +50,13 @@ def read_text(path: str, name: str) -> str | None:
     file_path = os.path.join(path, name)
     if not os.path.exists(file_path):
         return None
+    with opening(file_path):
+        data = read_bytes(file_path)
     try:
-        text = _read_bytes(file_path).decode("utf-8")
+        text = data.decode("utf-8")
     except UnicodeDecodeError:
         raise ModelFileError(f"{file_path}: not UTF-8 text") from None
     return text.replace("\r\n", "\n")
-
-
-def _read_bytes(file_path: str) -> bytes:
-    try:
-        return read_bytes(file_path)
-    except OSError as error:
-        raise ModelFileError(f"{file_path}: cannot be opened ({error.strerror})") from None
 
 
 def read_optional_json(path: str, name: str) -> dict:

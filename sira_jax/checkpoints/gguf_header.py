@@ -14,6 +14,7 @@ from typing import BinaryIO
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
+from sira_jax.checkpoints.model_file import opening
 from sira_jax.errors import ModelFileError
 from sira_jax.files import open_binary
 
@@ -69,11 +70,8 @@ def read_header(path: str) -> GGUFHeader:
       ModelFileError: if the file is missing, not GGUF, of an unknown version or value type, or
         shorter than its header says.
     """
-    try:
-        with open_binary(path) as file:
-            return _Reader(path, file).header()
-    except OSError as error:
-        raise ModelFileError(f"{path}: cannot be opened ({error.strerror})") from None
+    with opening(path), open_binary(path) as file:
+        return _Reader(path, file).header()
 
 
 class _Reader:

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from sira_jax import json_text
+from sira_jax.checkpoints.model_file import opening
 from sira_jax.errors import ModelFileError
 from sira_jax.files import open_binary, read_bytes, write_atomically
 
@@ -84,12 +85,8 @@ def read_json(path: str) -> dict:
     """Returns the JSON object in a file; ModelFileError if it is missing, not JSON or not an
     object.
     """
-    try:
+    with opening(path):
         text = read_bytes(path)
-    except FileNotFoundError:
-        raise ModelFileError(f"{path}: no such file") from None
-    except OSError as error:
-        raise ModelFileError(f"{path}: cannot be opened ({error.strerror})") from None
     return parse_json(path, text)
 
 
@@ -114,10 +111,8 @@ class SafetensorsFile:
 
     def __init__(self, path: str):
         self.path = str(path)
-        try:
+        with opening(path):
             self._file = open_binary(path, buffering=0)
-        except OSError as error:
-            raise ModelFileError(f"{path}: cannot be opened ({error.strerror})") from None
         try:
             self._entries = self._read_header()
         except BaseException:

@@ -19,6 +19,7 @@ from flax import serialization
 
 from sira_jax.checkpoints.base_model import BaseModel
 from sira_jax.checkpoints.layout import ShardingFn, load_params
+from sira_jax.checkpoints.model_file import opening
 from sira_jax.checkpoints.safetensors import read_json
 from sira_jax.checkpoints.t5_layout import t5x_layout
 from sira_jax.checkpoints.t5_tokenizer import tokenizer_from_spiece
@@ -203,11 +204,8 @@ class T5XSource:
 
 def _check_files(place: str) -> None:
     """Raises ModelFileError if what should be an array's chunks is no file: tensorstore waits at a pipe for ever."""
-    try:
-        with os.scandir(place) as entries:
-            other = [entry.name for entry in entries if not (entry.is_file() or entry.is_dir())]
-    except OSError as error:
-        raise ModelFileError(f"{place}: cannot be opened ({error.strerror})") from None
+    with opening(place), os.scandir(place) as entries:
+        other = [entry.name for entry in entries if not (entry.is_file() or entry.is_dir())]
     if other:
         raise ModelFileError(f"{os.path.join(place, min(other))}: is no regular file")
 
@@ -263,10 +261,8 @@ def _check_tree(path: str, tree: Mapping) -> None:
 
 def _read_target(path: str) -> Mapping:
     """The tree of parameters in the msgpack file."""
-    try:
+    with opening(path):
         data = read_bytes(path)
-    except OSError as error:
-        raise ModelFileError(f"{path}: cannot be opened ({error.strerror})") from None
     try:
         content = serialization.msgpack_restore(data)
     except _MSGPACK_ERRORS as error:
@@ -310,10 +306,9 @@ def load_t5x(
     text = None
     if spiece is not None:
         spiece = os.fspath(spiece)
-        try:
-            text = tokenizer_from_spiece(spiece, read_bytes(spiece), config.vocab_size)
-        except OSError as error:
-            raise ModelFileError(f"{spiece}: cannot be opened ({error.strerror})") from None
+        with opening(spiece):
+            data = read_bytes(spiece)
+        text = tokenizer_from_spiece(spiece, data, config.vocab_size)
     return BaseModel(
         config=config,
         params=params,

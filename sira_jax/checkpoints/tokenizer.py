@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 import tokenizers
 
 from sira_jax.checkpoints import spm_bpe
-from sira_jax.checkpoints.safetensors import parse_json
 from sira_jax.errors import ModelFileError
 from sira_jax.tokenizer_text import make_tokenizer
 
@@ -83,7 +82,6 @@ def parse_tokenizer(path: str, text: str) -> tokenizers.Tokenizer:
     Raises:
       ModelFileError: if it is not JSON or describes no tokenizer.
     """
-    parse_json(path, text)
     try:
         return make_tokenizer(text)
     except ValueError as error:

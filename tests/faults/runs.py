@@ -1,4 +1,4 @@
-"""Real processes of scripts/train.py on a tiny model and data made here, and what is compared of their run directories."""
+"""Real processes of scripts/train.py on a tiny model and data made here."""
 
 import json
 import os
@@ -8,12 +8,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-import orbax.checkpoint as ocp
 
-from sira_jax.checkpoints import checksums
-from sira_jax.checkpoints.orbax import whole_steps
-from sira_jax.training.logging import read_metrics
 from sira_jax.training.loop import CHECKPOINTS
+from tests.finished_runs import lines, steps
 from tests.hf_models import TINY_LLAMA, weights_by_rule, write_folder
 
 REPO = Path(__file__).resolve().parents[2]
@@ -127,11 +124,6 @@ def the_error(err):
     return lines[0].removeprefix("error: ")
 
 
-def steps(workdir):
-    """Steps of the whole checkpoints."""
-    return whole_steps(workdir / CHECKPOINTS)
-
-
 def writes(workdir):
     """Whether a checkpoint is being written, or was when the process ended."""
     return any((workdir / CHECKPOINTS).glob("*.orbax-checkpoint-tmp*"))
@@ -148,43 +140,9 @@ def wait_until(condition, process):
     return False
 
 
-def final_arrays(workdir):
-    """(step, every array by path) of the newest checkpoint, whose checksums hold."""
-    step = steps(workdir)[-1]
-    folder = workdir / CHECKPOINTS / str(step)
-    assert checksums.problem(folder) is None
-    arrays = {}
-    with ocp.StandardCheckpointer() as checkpointer:
-        for item in ("adapter", "optimizer"):
-            tree = checkpointer.restore(folder / item)
-            for path, leaf in ocp.tree.to_flat_dict(tree).items():
-                arrays[(item, *path)] = np.asarray(leaf)
-    return step, arrays
-
-
-def lines(workdir):
-    """The log but for what is a time."""
-    return [
-        {name: value for name, value in line.items() if not name.startswith("speed/")}
-        for line in read_metrics(workdir)
-    ]
-
-
 def bad_losses(workdir):
     """(steps that were skipped, batches that were left out by rewinds) of a finished run whose log has a line each 10 steps."""
     skipped = round(sum(10 * line.get("train/skipped", 0) for line in lines(workdir)))
     step = steps(workdir)[-1]
     position = json.loads((workdir / CHECKPOINTS / str(step) / "data" / "metadata").read_text())
     return skipped, position["data"]["num_batches"] - step
-
-
-def assert_same_run(workdir, reference):
-    """The runs end with the same bits and have the same log."""
-    (step, arrays), (reference_step, expected) = final_arrays(workdir), final_arrays(reference)
-    assert step == reference_step
-    assert arrays.keys() == expected.keys()
-    for path, array in arrays.items():
-        assert array.tobytes() == expected[path].tobytes(), path
-    assert lines(workdir) == lines(reference)
-    for name in ("summary.json", "router.json"):
-        assert (workdir / name).exists()

@@ -9,7 +9,8 @@ import pytest
 
 from sira_jax.checkpoints import checksums
 from sira_jax.training.loop import CHECKPOINTS
-from tests.faults.runs import assert_same_run, finish, steps, the_error, wait_until
+from tests.faults.runs import finish, the_error, wait_until
+from tests.finished_runs import assert_same_run, steps
 
 pytestmark = pytest.mark.faults
 

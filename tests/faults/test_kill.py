@@ -10,7 +10,8 @@ import time
 import numpy as np
 import pytest
 
-from tests.faults.runs import assert_same_run, bad_losses, finish, steps, wait_until, writes
+from tests.faults.runs import bad_losses, finish, wait_until, writes
+from tests.finished_runs import assert_same_run, steps
 
 ROUNDS = int(os.environ.get("FAULTS_ROUNDS", "20"))
 SEED = int(os.environ.get("FAULTS_SEED", "0"))

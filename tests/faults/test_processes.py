@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from sira_jax.training.multihost import LOST_STATUS
-from tests.faults.runs import bad_losses, finish, lines, steps, the_error, wait_until
+from tests.faults.runs import bad_losses, finish, the_error, wait_until
 from tests.faults.test_kill import FLAGS
+from tests.finished_runs import lines, steps
 
 pytestmark = pytest.mark.faults
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from sira_jax.training.run_lock import LOCK_FILE
-from tests.faults.runs import assert_same_run, finish, steps, the_error, wait_until
+from tests.faults.runs import finish, the_error, wait_until
+from tests.finished_runs import assert_same_run, steps
 
 pytestmark = pytest.mark.faults
 

@@ -105,7 +105,7 @@ def test_a_shard_that_is_not_there(model, tmp_path):
     folder = shutil.copytree(model, tmp_path / "sharded")
     (folder / "model.safetensors").rename(folder / "model-00002-of-00002.safetensors")
     (folder / "model.safetensors.index.json").write_text(SHARDS)
-    named = ("model-00001-of-00002.safetensors", "No such file")
+    named = ("model-00001-of-00002.safetensors", "no such file")
     assert_mistake(ModelFileError, lambda: load_base_model(folder), *named)
 
 

@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 
 from scripts import assemble
-from sira_jax.checkpoints.orbax import Checkpointer
 from sira_jax.training.config import make_experiment
 from sira_jax.training.logging import read_metrics
-from sira_jax.training.loop import CHECKPOINTS
 from sira_jax.training.multihost import LOST_STATUS
+from tests.finished_runs import steps
 from tests.hf_models import TINY_LLAMA, weights_by_rule, write_folder
 from tests.quick import QUICK_COMPILE, as_flags
 from tests.scripts import flagged
@@ -141,10 +140,7 @@ def wait_for(workdir, step, processes):
     """Returns once the run has a whole checkpoint of `step` or more."""
     deadline = time.monotonic() + 900
     while time.monotonic() < deadline:
-        steps = [
-            int(path.name) for path in (workdir / CHECKPOINTS).glob("[0-9]*") if path.name.isdigit()
-        ]
-        if any(found >= step for found in steps):
+        if any(found >= step for found in steps(workdir)):
             return
         assert all(process.poll() is None for process in processes), finish(processes)
         time.sleep(0.05)
@@ -166,10 +162,6 @@ def assert_same_run(workdir, unbroken):
     assert summaries[0]["trained_parameters"] == summaries[1]["trained_parameters"]
 
 
-def newest(workdir):
-    return Checkpointer(workdir / CHECKPOINTS).latest_step()
-
-
 def test_two_processes_stopped_killed_and_resumed_are_one_unbroken_run(start, unbroken, tmp_path):
     """Each start has another mesh, the last another number of processes."""
     workdir = tmp_path / "run"
@@ -182,7 +174,7 @@ def test_two_processes_stopped_killed_and_resumed_are_one_unbroken_run(start, un
     assert last_line(out).startswith("stopped by SIGTERM after saving")
     # Gloo itself writes to standard output.
     assert not [line for line in other_out.splitlines() if "connected" not in line]
-    stopped = newest(workdir)
+    stopped = steps(workdir)[-1]
     assert 2 <= stopped < STEPS
 
     processes = start(workdir, 2, "--config.mesh.data=1", "--config.mesh.fsdp=4")
@@ -193,7 +185,7 @@ def test_two_processes_stopped_killed_and_resumed_are_one_unbroken_run(start, un
     line = last_line(err)
     sentence = "error: no sign of life from process 1 of 2; start all processes again"
     assert line.startswith(sentence), err
-    assert stopped + 2 <= newest(workdir) < STEPS
+    assert stopped + 2 <= steps(workdir)[-1] < STEPS
 
     processes = start(workdir, 1, "--config.mesh.data=2", "--config.mesh.tensor=2", devices=4)
     ((_, err, status),) = finish(processes)

@@ -9,11 +9,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
-from sira_jax.checkpoints.orbax import Checkpointer
 from sira_jax.training.logging import read_metrics
+from tests.finished_runs import assert_same_run, steps
 from tests.hf_models import TINY_LLAMA, weights_by_rule, write_folder
 
 REPO = Path(__file__).resolve().parents[2]
@@ -108,43 +107,12 @@ def stop_after(process, workdir, step, number):
     """Sends a signal once a checkpoint of at least `step` is whole."""
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and process.poll() is None:
-        whole = [int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*") if p.name.isdigit()]
-        if any(found >= step for found in whole):
+        if any(found >= step for found in steps(workdir)):
             process.send_signal(number)
             break
         time.sleep(0.01)
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
-
-
-def final_state(workdir):
-    """Every array of the last checkpoint as numpy, by path."""
-    checkpointer = Checkpointer(workdir / "checkpoints")
-    step = checkpointer.latest_step()
-    checkpointer.close()
-    arrays = {}
-    for item in ("adapter", "optimizer"):
-        tree = ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(step) / item)
-        for path, leaf in ocp.tree.to_flat_dict(tree).items():
-            arrays[(item, *path)] = np.asarray(leaf)
-    return step, arrays
-
-
-def lines_without_speed(workdir):
-    return [
-        {name: value for name, value in line.items() if not name.startswith("speed/")}
-        for line in read_metrics(workdir)
-    ]
-
-
-def assert_same_run(workdir, reference):
-    step, arrays = final_state(workdir)
-    reference_step, expected = final_state(reference)
-    assert step == reference_step == STEPS
-    assert arrays.keys() == expected.keys()
-    for path, array in arrays.items():
-        np.testing.assert_array_equal(array, expected[path], err_msg=str(path))
-    assert lines_without_speed(workdir) == lines_without_speed(reference)
 
 
 def test_a_killed_run_resumes_to_the_unbroken_result(config_file, unbroken, tmp_path):
@@ -155,6 +123,7 @@ def test_a_killed_run_resumes_to_the_unbroken_result(config_file, unbroken, tmp_
     resumed = train(config_file, workdir)
     assert resumed.returncode == 0, resumed.stderr
     assert_same_run(workdir, unbroken)
+    assert steps(workdir)[-1] == STEPS
 
 
 @pytest.mark.slow  # tests/training/test_loop.py stops the loop itself so
@@ -164,11 +133,12 @@ def test_sigterm_saves_exits_0_and_resumes(config_file, unbroken, tmp_path):
     status, out, err = stop_after(process, workdir, 3, signal.SIGTERM)
     assert status == 0, err
     assert "stopped by SIGTERM after saving" in out
-    stopped_at = final_state(workdir)[0]
+    stopped_at = steps(workdir)[-1]
     assert 3 <= stopped_at < STEPS
     resumed = train(config_file, workdir)
     assert resumed.returncode == 0, resumed.stderr
     assert_same_run(workdir, unbroken)
+    assert steps(workdir)[-1] == STEPS
 
 
 def test_the_run_learns_and_says_what_it_did(unbroken):

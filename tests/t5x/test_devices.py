@@ -5,8 +5,6 @@ The devices are made of the CPU by a flag that holds for a whole process, so eve
 """
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import numpy as np
 import pytest
 
 from sira_jax.adapters import SiRAConfig
-from tests.quick import QUICK_COMPILE, as_flags
+from tests.quick import run_on_devices
 from tests.t5x.tiny_t5x import (
     MISSING,
     T5XRun,
@@ -41,17 +39,7 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     directory = tmp_path_factory.mktemp("devices")
-    flags = as_flags(QUICK_COMPILE, devices=8)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.t5x.test_devices", str(directory)],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=580,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_devices("tests.t5x.test_devices", directory)
     return json.loads((directory / "results.json").read_text())
 
 

@@ -4,9 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,6 +15,7 @@ from sira_jax.training import bad_loss
 from sira_jax.training.bad_loss import BadLossConfig, Judge
 from sira_jax.training.logging import read_metrics
 from sira_jax.training.loop import CHECKPOINTS, make_checkpointer
+from tests.quick import run_on_devices
 from tests.training.tiny_run import (
     EXPERIMENT,
     STEPS,
@@ -304,18 +302,8 @@ def test_a_damaged_checkpoint_is_no_goal_of_a_rewind(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_on_a_mesh_it_is_the_run_of_one_device(tmp_path):
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.training.bad_loss_devices", str(tmp_path)],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    for result in json.loads(done.stdout.splitlines()[-1]).values():
+    printed = run_on_devices("tests.training.bad_loss_devices", tmp_path)
+    for result in json.loads(printed.splitlines()[-1]).values():
         assert result["devices"] == 8
         assert result["resumed_is_equal"]
         # AdamW turns rounding of small gradients into whole steps: that much, and not more.

@@ -6,15 +6,13 @@ process of its own (`python -m tests.training.test_devices DIRECTORY`) and is lo
 
 import itertools
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.quick import QUICK_COMPILE, as_flags
+from tests.quick import run_on_devices
 
 REPOSITORY = Path(__file__).parents[2]
 MESHES = {
@@ -29,17 +27,7 @@ STEPS = 3
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     directory = tmp_path_factory.mktemp("devices")
-    flags = as_flags(QUICK_COMPILE, devices=8)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.training.test_devices", str(directory)],
-        cwd=REPOSITORY,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_devices("tests.training.test_devices", directory)
     return json.loads((directory / "results.json").read_text())
 
 
