@@ -293,9 +293,8 @@ def _check_pattern(field: str, pattern: object) -> None:
     check(isinstance(pattern, str) and pattern != "", field, pattern, allowed)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "error", FutureWarning
-            )  # of patterns that will mean something else
+            # Of patterns that will mean something else.
+            warnings.simplefilter("error", FutureWarning)
             re.compile(pattern)
     except (re.error, FutureWarning, OverflowError, RecursionError) as error:
         raise ConfigError(f"{field}={pattern!r} is not allowed: {allowed} ({error})") from None
