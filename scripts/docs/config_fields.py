@@ -170,12 +170,7 @@ def table(fields: list[Field]) -> str:
 def experiment_sections(root: Path) -> dict[str, list[Field]]:
     """section -> fields of an experiment with the defaults of configs/base.py, but for `adapter`."""
     sources = Sources(root / "sira_jax/training/config.py", root / "sira_jax/training/bad_loss.py")
-    sections = sources.named_classes("config.py", "SECTIONS")
-    base = assigned(root / "configs/base.py")
-    return {
-        name: _with_defaults(sources.fields(cls), base.get(name, {}))
-        for name, cls in sections.items()
-    }
+    return _sections(sources, root / "configs/base.py")
 
 
 def adapter_methods(root: Path) -> tuple[list[Field], dict[str, list[Field]]]:
@@ -191,11 +186,14 @@ def adapter_methods(root: Path) -> tuple[list[Field], dict[str, list[Field]]]:
 def launch_sections(root: Path) -> dict[str, list[Field]]:
     """section -> fields of a launch with the defaults of configs/launch/base.py."""
     sources = Sources(root / "scripts/launch/tpus.py", root / "scripts/launch/config.py")
-    sections = sources.named_classes("config.py", "SECTIONS")
-    base = assigned(root / "configs/launch/base.py")
+    return _sections(sources, root / "configs/launch/base.py")
+
+
+def _sections(sources: Sources, defaults: Path) -> dict[str, list[Field]]:
+    base = assigned(defaults)
     return {
         name: _with_defaults(sources.fields(cls), base.get(name, {}))
-        for name, cls in sections.items()
+        for name, cls in sources.named_classes("config.py", "SECTIONS").items()
     }
 
 

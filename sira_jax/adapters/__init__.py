@@ -3,7 +3,6 @@
 from sira_jax.adapters.adamix import AdaMixConfig
 from sira_jax.adapters.base import (
     PROJECTIONS,
-    AdaptedDense,
     AdapterConfig,
     AdapterFlops,
     SecondPass,
@@ -12,6 +11,7 @@ from sira_jax.adapters.base import (
     is_trained,
 )
 from sira_jax.adapters.context import AdapterContext, LayerLink, Projection
+from sira_jax.adapters.dense import AdaptedDense
 from sira_jax.adapters.dora import DoRAConfig
 from sira_jax.adapters.dynamic_dora import DynamicDoRAConfig
 from sira_jax.adapters.lora import LoRAConfig

@@ -1,4 +1,4 @@
-"""What every adapter shares: its config and hooks, the projection that carries it, and what tells trained from frozen.
+"""What every adapter shares: its config and hooks, and what tells trained from frozen.
 
 Axis letters: B batch, T length, D features in, F features out, R rank.
 """
@@ -14,10 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sira_jax.adapters.context import AdapterContext, Projection
 from sira_jax.errors import ConfigError, MergeError, check, is_finite_number, is_whole_number
-from sira_jax.quantized import dequantize, is_quantized
-from sira_jax.routing import keep
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 # Where they are in the block of a decoder-only model, which is what patterns match.
@@ -367,55 +364,6 @@ def _freeze_overrides(config: AdapterConfig, overrides: Any) -> tuple:
             raise ConfigError(f"adapter.overrides[{pattern!r}]: {error}") from None
         frozen.append((pattern, tuple(sorted(fields.items()))))
     return tuple(frozen)
-
-
-class AdaptedDense(nn.Module):
-    """A frozen projection y = x W0 (+ bias) with an optional adapter.
-
-    Attributes:
-      features: F.
-      adapter: config of the adapter of this very projection (see `AdapterConfig.for_projection`), or None.
-      use_bias: adds a bias (F,).
-      dtype: type of the computation.
-      param_dtype: type of kernel and bias.
-      kernel_axes: logical axis names of the kernel's two axes.
-      path: where the projection is in its block, "attention/q".
-    """
-
-    features: int
-    adapter: AdapterConfig | None = None
-    use_bias: bool = False
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    kernel_axes: tuple[str, str] = ("embed", "mlp")
-    path: str = ""
-
-    @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: AdapterContext) -> jax.Array:
-        """Projects (B, T, D) to (B, T, F)."""
-        kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-        held = self.param(
-            "kernel",
-            nn.with_logical_partitioning(kernel_init, self.kernel_axes),
-            (x_BTD.shape[-1], self.features),
-            self.param_dtype,
-        )
-        bias_F = None
-        if self.use_bias:
-            bias_init = nn.with_logical_partitioning(nn.initializers.zeros, self.kernel_axes[1:])
-            bias_F = self.param("bias", bias_init, (self.features,), self.param_dtype)
-        projection = Projection(
-            self.path,
-            dequantize(held),
-            bias_F,
-            self.dtype,
-            self.kernel_axes,
-            held if is_quantized(held) else None,
-        )
-        x_BTD = x_BTD.astype(self.dtype)
-        if self.adapter is None:
-            return keep(projection(x_BTD))
-        return keep(self.adapter.make_module()(x_BTD, projection, context))
 
 
 def is_adapter(path: Path) -> bool:
