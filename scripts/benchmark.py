@@ -10,12 +10,8 @@
 The compared sides take turns within one run, so that their ratios hold on a busy machine; times are medians.
 """
 
-import json
-import os
-import platform
 from pathlib import Path
 
-import jax
 from absl import flags
 
 from scripts.benchmark_data import run_data_benchmark
@@ -27,7 +23,7 @@ from scripts.benchmark_layer import (
 from scripts.benchmark_scaling import plot_scaling, run_scaling_benchmark
 from scripts.benchmark_step import method_adapters, run_step_benchmark, step_adapters
 from scripts.cli import run_main
-from scripts.table import format_rows
+from scripts.table import format_rows, write_rows
 from sira_jax.adapters import METHODS, AdapterConfig, SiRAConfig
 from sira_jax.errors import check
 from sira_jax.models import DecoderConfig
@@ -79,14 +75,7 @@ def main(argv: list[str]) -> None:
     rows = kinds.get(KIND.value, lambda: _step(_adapters()))()
     print(format_rows(rows))
     if OUT.value:
-        machine = {
-            "jax": jax.__version__,
-            "device": str(jax.devices()[0]),
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-        }
-        result = {"kind": KIND.value, "machine": machine, "rows": rows}
-        Path(OUT.value).write_text(json.dumps(result, indent=1))
+        write_rows(OUT.value, KIND.value, rows)
 
 
 def _layer() -> list[dict]:

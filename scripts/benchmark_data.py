@@ -5,15 +5,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 
 import tasks
-from scripts.benchmark_step import make_timed_step
-from scripts.timed_step import TimedStep, take_turns
+from scripts.benchmark_step import make_timed_step, random_base
+from scripts.timed_step import TimedStep, median_ratio, take_turns
 from sira_jax.adapters import AdapterConfig
-from sira_jax.models import DecoderConfig, make_model
-from sira_jax.training.train_state import split_params
+from sira_jax.models import DecoderConfig
 from tasks.converters import DecoderFeatures
 
 
@@ -64,12 +62,10 @@ def run_data_benchmark(
         loaded, rates, batch_size=batch_size, converter=converter, seed=0, too_long="drop"
     )
     batch = jax.device_put(pipeline.next_batch())
-    frozen = split_params(nn.unbox(make_model(config).init(jax.random.key(0), batch)["params"]))[1]
-    step = make_timed_step(config, adapter, frozen, batch)
+    step = make_timed_step(config, adapter, random_base(config), batch)
     fed = _FedStep(step, pipeline.next_batch)
     seconds = take_turns({"fixed": step, "data": fed}, repeats)
-    pairs = zip(seconds["data"], seconds["fixed"], strict=True)
-    ratio = {"fixed": 1.0, "data": statistics.median(own / other for own, other in pairs)}
+    ratio = {"fixed": 1.0, "data": median_ratio(seconds["data"], seconds["fixed"])}
     fetch = {"fixed": None, "data": 1000 * statistics.median(fed.fetch_seconds)}
     return [
         {

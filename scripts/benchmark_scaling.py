@@ -5,17 +5,14 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import flax.linen as nn
-import jax
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from scripts.benchmark_step import make_timed_step, random_batch
+from scripts.benchmark_step import make_timed_step, random_base, random_batch
 from scripts.timed_step import take_turns
 from sira_jax.adapters import SiRAConfig
-from sira_jax.models import DecoderConfig, make_model
-from sira_jax.training.train_state import split_params
+from sira_jax.models import DecoderConfig
 
 AXES = {"tokens": "tokens a step", "experts": "experts"}
 
@@ -45,8 +42,7 @@ def run_scaling_benchmark(
       A dict for each size: series ("tokens" or "experts"), value, median_s, min_s, and fit_s, the value of the straight
       line through the series' medians (least squares), with its largest relative distance from a median, off_line.
     """
-    variables = make_model(config).init(jax.random.key(0), random_batch(config.vocab_size, 1, 8))
-    frozen = split_params(nn.unbox(variables["params"]))[1]
+    frozen = random_base(config)
     sizes = {("tokens", length * count): (adapter, count) for count in rows}
     for count in experts:
         sizes["experts", count] = (dataclasses.replace(adapter, num_experts=count), max(rows))

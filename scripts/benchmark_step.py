@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from scripts.arguments import parse_value
-from scripts.timed_step import TimedStep, take_turns
+from scripts.timed_step import TimedStep, median_ratio, take_turns
 from sira_jax.adapters import (
     METHODS,
     AdapterConfig,
@@ -97,11 +97,10 @@ def run_step_benchmark(
     """
     names = list(adapters)
     batch = random_batch(config.vocab_size, batch_size, length)
-    variables = make_model(config).init(jax.random.key(0), batch)
-    frozen = nn.unbox(variables["params"])
+    frozen = random_base(config)
     steps = {}
     for name in names:
-        steps[name] = make_timed_step(config, adapters[name], split_params(frozen)[1], batch)
+        steps[name] = make_timed_step(config, adapters[name], frozen, batch)
         if log:
             log(f"{name} compiled")
     seconds = take_turns(steps, repeats)
@@ -122,11 +121,17 @@ def run_step_benchmark(
             ("vs_first", names[0]),
             ("vs_same_rank", f"lora_r{adapters[name].trained_rank}"),
         ):
-            pairs = zip(seconds[name], seconds.get(base, ()), strict=False)
-            ratios = [own / other for own, other in pairs]
-            row[column] = statistics.median(ratios) if ratios else None
+            other = seconds.get(base)
+            row[column] = None if other is None else median_ratio(seconds[name], other)
         rows.append(row)
     return rows
+
+
+def random_base(config: DecoderConfig) -> Any:
+    """Parameters of a frozen model as initialised."""
+    model = make_model(config)
+    variables = jax.jit(model.init)(jax.random.key(0), model.init_batch())
+    return split_params(nn.unbox(variables["params"]))[1]
 
 
 def random_batch(vocab_size: int, batch_size: int, length: int) -> dict[str, jax.Array]:

@@ -14,9 +14,7 @@ dependency: `make parity-setup`.
 """
 
 import dataclasses
-import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -30,8 +28,8 @@ from absl import flags
 
 from scripts import torch_sides
 from scripts.cli import run_main
-from scripts.table import format_rows
-from scripts.timed_step import take_turns
+from scripts.table import format_rows, write_rows
+from scripts.timed_step import median_ratio, take_turns
 from scripts.torch_process import TorchSide, torch_process
 from sira_jax.checkpoints import load_base_model
 from sira_jax.errors import check
@@ -69,15 +67,7 @@ def main(argv: list[str]) -> None:
         rows, versions = run(comparison, Path(folder))
     print(format_rows(rows))
     if OUT.value:
-        machine = {
-            "jax": jax.__version__,
-            **versions,
-            "machine": platform.machine(),
-            "cores": len(os.sched_getaffinity(0)),
-        }
-        Path(OUT.value).write_text(
-            json.dumps({"kind": KIND.value, "machine": machine, "rows": rows}, indent=1)
-        )
+        write_rows(OUT.value, KIND.value, rows, **versions)
 
 
 def _step(comparison: torch_sides.Comparison, folder: Path) -> tuple[list[dict], dict[str, str]]:
@@ -156,15 +146,11 @@ def _measure(sides: Mapping[str, Any], reference: str, tokens: int) -> list[dict
                 "min_s": min(own),
                 "cpu_s": statistics.median(cpu_seconds[name]),
                 "tokens_per_s": tokens / median,
-                f"vs_{reference}": _ratio(own, seconds[reference]),
-                "cpu_ratio": _ratio(cpu_seconds[name], cpu_seconds[reference]),
+                f"vs_{reference}": median_ratio(own, seconds[reference]),
+                "cpu_ratio": median_ratio(cpu_seconds[name], cpu_seconds[reference]),
             }
         )
     return rows
-
-
-def _ratio(own: list[float], other: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(own, other, strict=True))
 
 
 if __name__ == "__main__":

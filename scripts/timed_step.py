@@ -1,7 +1,8 @@
 """Timing compiled training steps that take turns, so that a ratio of two times of one round holds on a busy machine."""
 
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -63,3 +64,8 @@ def take_turns(steps: Mapping[str, Side], rounds: int) -> dict[str, list[float]]
             if round_index >= _WARM_UP:
                 seconds[name].append(elapsed)
     return seconds
+
+
+def median_ratio(own: Sequence[float], other: Sequence[float]) -> float:
+    """The median over the rounds of one side's time to another's of the same round."""
+    return statistics.median(a / b for a, b in zip(own, other, strict=True))

@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
-from scripts.benchmark_step import make_timed_step, random_batch
+from scripts.benchmark_step import make_timed_step, random_base, random_batch
 from scripts.timed_step import TimedStep
 from sira_jax.adapters import AdapterConfig, LoRAConfig, SiRAConfig
 from sira_jax.checkpoints import save_hf_folder
@@ -71,12 +70,6 @@ def comparison(kind: str, num_experts: int, rank: int, k: int) -> Comparison:
 def _theirs(config: AdapterConfig) -> dict[str, Any]:
     modules = [f"{target}_proj" for target in config.targets]
     return {"method": "lora", "rank": config.rank, "alpha": round(config.alpha), "modules": modules}
-
-
-def random_base(config: DecoderConfig) -> Any:
-    """Parameters of a frozen model as initialised."""
-    variables = jax.jit(make_model(config).init)(jax.random.key(0), make_model(config).init_batch())
-    return nn.unbox(variables["params"])
 
 
 def step_sides(
@@ -141,7 +134,7 @@ def write_inputs(
         "folder": str(folder),
         "arrays": arrays,
         "sides": dict(theirs),
-        "threads": len(os.sched_getaffinity(0)),
+        "threads": os.cpu_count(),
         **{name: getattr(optimizer, name) for name in names},
         **options,
     }
