@@ -1,4 +1,4 @@
-"""Makes the paper's kinds of tables from run directories alone: Markdown, LaTeX, CSV and one HTML page with figures.
+"""Makes the paper's kinds of tables from run directories alone: Markdown, LaTeX, CSV, JSON and one HTML page with figures.
 
   python scripts/make_tables.py --kind=single --runs=runs/tables/single --out=runs/tables/single/report
   python scripts/make_tables.py --kind=ablations --runs=runs/tables/ablations --out=... --vary=adapter.rank
@@ -40,7 +40,7 @@ from scripts.table_cells import (
     variant_labels,
     with_mean,
 )
-from scripts.table_formats import tests_table, to_csv, to_latex, to_table
+from scripts.table_formats import tests_table, to_csv, to_json, to_latex, to_table
 from scripts.table_tests import paired_tests
 from sira_jax.adapters import METHODS
 from sira_jax.errors import ConfigError, DataError, check
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
     trials = _sorted(find_trials(RUNS.value), METHOD_NAMES.value)
     title = TITLE.value or f"Results: {KIND.value}"
     path = write_tables(trials, KIND.value, Path(OUT.value), title, AGAINST.value, VARY.value)
-    print(f"\ntables: {path}.{{md,tex,csv,html}}")
+    print(f"\ntables: {path}.{{md,tex,csv,json,html}}")
 
 
 def _sorted(trials: Sequence[Trial], methods: Sequence[str]) -> list[Trial]:
@@ -101,7 +101,7 @@ def write_tables(
     against: str,
     vary: Sequence[str] = VARIED,
 ) -> Path:
-    """Writes KIND.md, KIND.tex, KIND.csv, KIND.html and the figures, and prints the tables of scores.
+    """Writes KIND.md, KIND.tex, KIND.csv, KIND.json, KIND.html and the figures, and prints the tables of scores.
 
     Args:
       trials: in the order of the rows.
@@ -147,6 +147,7 @@ def write_tables(
         f"{kind}.html": to_html(title, sections, pngs).encode(),
         f"{kind}.tex": "\n".join(latex).encode(),
         f"{kind}.csv": to_csv(grids).encode(),
+        f"{kind}.json": to_json(grids).encode(),
         **pngs,
     }
     try:

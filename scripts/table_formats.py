@@ -1,9 +1,11 @@
-"""Grids as text: the table of cells, its LaTeX (booktabs) and its CSV."""
+"""Grids as text: the table of cells, its LaTeX (booktabs), CSV and JSON."""
 
 import csv
 import io
+import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from scripts.compare_table import Interval
 from scripts.report_tables import Cell, Table
@@ -151,34 +153,53 @@ def latex(text: str) -> str:
     return f"{{}}{escaped}" if escaped.startswith("[") else escaped
 
 
-def to_csv(grids: Sequence[Grid]) -> str:
-    """A line a cell: table, row, column, mean, half of the interval, number of runs, each seed's value, reasons of gaps."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    header = (
-        "table",
-        "unit",
-        "row",
-        "method",
-        "trained_share_percent",
-        "column",
-        "mean",
-        "half_95",
-    )
-    writer.writerow([*header, "runs", "values_by_seed", "missing"])
+def to_records(grids: Sequence[Grid]) -> list[dict[str, Any]]:
+    """A record a cell: where it stands, mean, half of the interval, each seed's value, and reasons of gaps by seed.
+
+    What is not there is None; a reason that is no seed's has the seed -1.
+    """
+    records = []
     for grid in grids:
         for row in grid.rows:
             for column in grid.columns:
                 cell = row.cells.get(column, Values({}, {-1: ABSENT}))
                 found = cell.interval
-                mean = "" if found is None else repr(found.mean)
-                half = "" if found is None or found.half is None else repr(found.half)
-                share = "" if row.share is None else repr(row.share)
-                values = " ".join(f"{seed}:{cell.values[seed]!r}" for seed in sorted(cell.values))
-                missing = "; ".join(
-                    reason if seed < 0 else f"seed {seed}: {reason}"
-                    for seed, reason in sorted(cell.missing.items())
+                records.append(
+                    {
+                        "table": grid.title,
+                        "unit": grid.unit,
+                        "row": row.label,
+                        "method": row.method,
+                        "trained_share_percent": row.share,
+                        "column": column,
+                        "mean": None if found is None else found.mean,
+                        "half_95": None if found is None else found.half,
+                        "runs": len(cell.values),
+                        "values_by_seed": dict(sorted(cell.values.items())),
+                        "missing": dict(sorted(cell.missing.items())),
+                    }
                 )
-                names = [grid.title, grid.unit, row.label, row.method, share, column]
-                writer.writerow([*names, mean, half, len(cell.values), values, missing])
+    return records
+
+
+def to_json(grids: Sequence[Grid]) -> str:
+    """The records of `to_records`, one a line."""
+    lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in to_records(grids))
+    return f"[\n{lines}\n]\n"
+
+
+def to_csv(grids: Sequence[Grid]) -> str:
+    """The records of `to_records`, a line each."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    records = to_records(grids)
+    writer.writerow(records[0])
+    for record in records:
+        values = " ".join(f"{seed}:{value!r}" for seed, value in record["values_by_seed"].items())
+        missing = "; ".join(
+            reason if seed < 0 else f"seed {seed}: {reason}"
+            for seed, reason in record["missing"].items()
+        )
+        record |= {"values_by_seed": values, "missing": missing}
+        writer.writerow(["" if value is None else value for value in record.values()])
     return buffer.getvalue()

@@ -76,6 +76,12 @@ def test_single_tasks(single, tmp_path, monkeypatch, capsys):
     # The mean over the columns is of seeds that have both.
     assert cells["sira", "mean"]["values_by_seed"] == "0:55.0 1:57.0"
     assert cells["lora", "mean"]["mean"] == "51.0"
+    records = json.loads((tmp_path / "out" / "single.json").read_text())
+    assert len(records) == 2 * 3 * 3  # scores and losses
+    (record,) = [x for x in records[:9] if (x["row"], x["column"]) == ("sira", "cldr_number_en")]
+    assert (record["mean"], record["values_by_seed"]) == (66.0, {"0": 65.0, "1": 67.0})
+    assert record["missing"] == {"2": "train.py ended: 5 < 6 & no_luck"}
+    assert [x["half_95"] for x in records if x["row"] == "base"] == [None] * 6
     assert re.search(r"\| base +\| +0\.000 \| +2 of 2 \| +10\.0 \| +30\.0 \| +20\.0 \|", out)
     assert re.search(r"\| sira +\| +3\.000 \| 5 of 6 \[1\] \| \*\*47\.3 ± ", out)
     assert "[1] sira: cldr_number_en, seed 2: train.py ended: 5 &lt; 6 &amp; no_luck." in out
@@ -86,7 +92,9 @@ def test_the_pages_files(single, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "out"
     names = {path.name for path in folder.iterdir()}
     figures = {"single_parameters.png", "single_curves.png"}
-    assert names == figures | {f"single.{suffix}" for suffix in ("md", "tex", "csv", "html")}
+    assert names == figures | {
+        f"single.{suffix}" for suffix in ("md", "tex", "csv", "json", "html")
+    }
     page = (folder / "single.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert "<h1>A &amp; B</h1>" in page
