@@ -10,13 +10,11 @@ tokens apart as well. Routers never see a task's name.
 Writes analysis.md, analysis.html with the figures, and analysis.json; docs/experiments.md says more.
 """
 
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import matplotlib
 import numpy as np
 from absl import flags
@@ -26,6 +24,7 @@ from scripts.cli import run_main
 from scripts.report_page import Block, Figure, Paragraph, Section, to_html, to_markdown
 from scripts.report_tables import Cell, Table, router_table
 from scripts.router_information import Told, grouped, told
+from scripts.router_passes import RouterPasses, Statistics
 from scripts.run_results import (
     Projection,
     Router,
@@ -35,9 +34,7 @@ from scripts.run_results import (
 )
 from sira_jax.errors import ConfigError
 from sira_jax.files import write_atomically
-from sira_jax.models import Model
-from sira_jax.training.evaluate import router_report
-from sira_jax.training.train_state import init_adapter, merge_params, split_params
+from sira_jax.training.train_state import init_adapter, split_params
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best, latest or a step.")
@@ -51,7 +48,6 @@ SHUFFLES = flags.DEFINE_integer(
 TOKENS = flags.DEFINE_integer("tokens", 48, "Commonest tokens that are told apart.", lower_bound=2)
 
 _TOP_ROUTERS, _TOP_TOKENS, _LEAST_COUNT = 3, 6, 5
-Statistics = Mapping[str, Mapping[str, np.ndarray]]
 
 
 def main(argv: list[str]) -> None:
@@ -98,58 +94,55 @@ def analyze(
     adapter, step = assemble.restore_adapter(
         plan.experiment, plan.mesh, model, frozen, workdir, checkpoint
     )
-    step_fn = jax.jit(functools.partial(_routers, model))
-
-    # The routers as this run's seed drew them: what they have learned is what they tell besides.
-    fresh = init_adapter(model, plan.experiment.train.seed)
-
-    def measure(labelled: Sequence[router_labels.Batch], params: Any = adapter) -> Statistics:
-        sown = None
-        for batch in labelled:
-            new = jax.device_get(step_fn(params, frozen, batch))
-            sown = new if sown is None else jax.tree.map(np.add, sown, new)
-        report = router_report(sown or {}, range(count))
-        if not report:
-            method = plan.experiment.adapter.method
-            raise ConfigError(f"--workdir={workdir}: adapter.method={method!r} has no router")
-        return {
-            name: {field: np.asarray(values) for field, values in statistics.items()}
-            for name, statistics in report["projections"].items()
-        }
-
-    tasks = measure(batches)
     texts = [plan.vocabulary.id_to_text(i) for i in range(plan.vocabulary.vocab_size)]
     label_of = np.full(max(plan.base.config.vocab_size, len(texts)), len(common), np.int32)
     label_of[common] = np.arange(len(common))
     kind_of = np.full(len(label_of), router_labels.KINDS.index("other"), np.int32)
     kind_of[: len(texts)] = router_labels.kinds_of(texts)
-    by_token = router_labels.label_tokens(batches, label_of)
-    by_kind = router_labels.label_tokens(batches, kind_of)
+    labelled = {
+        "task": batches,
+        "kind of token": router_labels.label_tokens(batches, kind_of),
+        "token": router_labels.label_tokens(batches, label_of),
+    }
+    shuffles = {
+        (name, seed): deal(labelled[name], seed)
+        for name, deal in (
+            ("task", router_labels.shuffle_examples),
+            ("kind of token", router_labels.shuffle_tokens),
+            ("token", router_labels.shuffle_tokens),
+        )
+        for seed in range(SHUFFLES.value)
+        if name != "task" or len(names) > 1
+    }
+    with RouterPasses(
+        model, frozen, count, len(batches), 2 * len(labelled) + len(shuffles)
+    ) as passes:
+        real = passes.run(labelled, adapter)
+        if not real["task"]:
+            method = plan.experiment.adapter.method
+            raise ConfigError(f"--workdir={workdir}: adapter.method={method!r} has no router")
+        by_chance = passes.run(shuffles, adapter)
+        # The routers as this run's seed drew them: what they have learned is what they tell besides.
+        untrained = passes.run(labelled, init_adapter(model, plan.experiment.train.seed))
+    tasks = real["task"]
     # A router of whole prompts counts prompts, which have no kind.
     per_token = _that_count_tokens(tasks, router_labels.token_counts(batches))
+
+    def held(name: str, routers: Sequence[str], groups: Any = None) -> Told:
+        chance = [_only(by_chance[name, seed], routers) for seed in range(SHUFFLES.value)]
+        before = _only(untrained[name], routers)
+        return told(_only(real[name], routers), chance, before, groups)
+
     found: dict[str, Told] = {}
     if len(names) > 1:
-        shuffled = [
-            measure(router_labels.shuffle_examples(batches, s)) for s in range(SHUFFLES.value)
-        ]
-        untrained = measure(batches, fresh)
-        found["task"] = told(tasks, shuffled, untrained)
+        found["task"] = held("task", list(tasks))
         languages = group_languages(names)
         groups = [[names.index(t) for t in members] for members in languages.values()]
         if len(groups) > 1:
-            found["language"] = told(tasks, shuffled, untrained, groups)
-    kinds = _only(measure(by_kind), per_token)
-    tokens = _only(measure(by_token), per_token)
+            found["language"] = held("task", list(tasks), groups)
     if per_token:
-        for name, real, labelled in (
-            ("kind of token", kinds, by_kind),
-            ("token", tokens, by_token),
-        ):
-            shuffled = [
-                _only(measure(router_labels.shuffle_tokens(labelled, s)), per_token)
-                for s in range(SHUFFLES.value)
-            ]
-            found[name] = told(real, shuffled, _only(measure(labelled, fresh), per_token))
+        found |= {name: held(name, per_token) for name in ("kind of token", "token")}
+    kinds, tokens = (_only(real[name], per_token) for name in ("kind of token", "token"))
     run = _as_run(workdir, split, names, tasks)
     pngs = _draw(run, found)
     tops = _top_routers(found["token"]) if per_token else []
@@ -160,13 +153,6 @@ def analyze(
     favourites = [_favourites(tokens, p, layer, [texts[i] for i in common]) for p, layer in tops]
     sections = _sections(run, found, text, pngs, favourites)
     return sections, pngs, {"text": text, "step": step, **_plain(found, run)}
-
-
-def _routers(model: Model, adapter: Any, frozen: Any, batch: router_labels.Batch) -> Any:
-    """What the routers sowed on a batch."""
-    params = merge_params(adapter, frozen)
-    _, sown = model.apply({"params": params}, batch, method="features", mutable=["metrics"])
-    return sown.get("metrics", {})
 
 
 def _that_count_tokens(statistics: Statistics, counts: Sequence[int]) -> list[str]:

@@ -1,6 +1,6 @@
 """What a router's choices are held against: the task of a token's example, or what the token is; and the same shuffled.
 
-Every labelling goes into a batch's task ids, by which the routers count: one forward pass a labelling, whatever it means.
+Every labelling goes into a batch's task ids, by which the routers count, whatever it means.
 Axis letters: B rows, T positions.
 """
 
@@ -74,6 +74,15 @@ def shuffle_tokens(batches: Sequence[Batch], seed: int) -> list[Batch]:
             labels_BT[is_token_BT] = generator.permutation(labels_BT[is_token_BT])
             batch[name] = labels_BT
     return changed
+
+
+def stack_labels(labellings: Sequence[Sequence[Batch]]) -> list[tuple[Batch, Batch]]:
+    """Of each batch what all labellings share, and its labels with a leading axis for the labellings."""
+    stacked = []
+    for versions in zip(*labellings, strict=True):
+        labels = {name: np.stack([v[name] for v in versions]) for *_, name in streams(versions[0])}
+        stacked.append(({k: v for k, v in versions[0].items() if k not in labels}, labels))
+    return stacked
 
 
 def frequent_tokens(batches: Sequence[Batch], count: int) -> list[int]:
