@@ -178,11 +178,29 @@ def test_finqa_without_retrieved_facts(data):
     )
 
 
+@pytest.mark.parametrize("facts", [{}, {"gold_inds": {}}, {"gold_inds": {}, "model_input": []}])
+def test_finqa_without_any_facts_has_the_page(data, facts):
+    """Upstream's context without a retriever: texts, then a sentence a row, without leaders."""
+    qa = {k: datasets.FINQA["qa"][k] for k in ("question", "program", "exe_ans")} | facts
+    page = {"pre_text": ["sales . . . . . . grew .", "a ."], "post_text": ["b ."], "qa": qa}
+    table = [["in millions", "2008", "2007"], ["net  sales", "$ 120", "$ 100"], ["costs", "7", ""]]
+    datasets.write_json(data / "finqa/test.json", [datasets.FINQA | page | {"table": table}])
+    assert first("finqa")["inputs"] == (
+        "question: what is the growth of net sales? context: sales  grew . a . b ."
+        " in millions the net sales of 2008 is $ 120 ; the net sales of 2007 is $ 100 ;"
+        " in millions the costs of 2008 is 7 ; the costs of 2007 is ;"
+    )
+    datasets.write_json(data / "finqa/test.json", [{"table": [], "qa": qa}])
+    with pytest.raises(DataError, match="item 1: pre_text is no list"):
+        specs.get_task("finqa").examples("test")
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"program": "120 - 100"}, "qa.program='120 - 100': no step at '120 - 100'"),
-        ({"exe_ans": None}, "qa.exe_ans=None: a number, yes or no"),
+        ({"exe_ans": None}, "qa.exe_ans=None: a finite number, yes or no"),
+        ({"exe_ans": float("nan")}, "qa.exe_ans=nan: a finite number, yes or no"),
         ({"question": ""}, "question is empty"),
         ({"model_input": [["x"]]}, "qa.model_input is no list of"),
     ],
