@@ -109,6 +109,14 @@ def test_mistakes_are_one_line(arguments, message, tmp_path):
         (["bfcl", "--mirror=/nowhere"], "mirror /nowhere has no file bfcl_eval-"),
         (["bfcl", "--mirror=http://localhost"], "of bfcl is not allowed: use a folder"),
         (
+            ["snips", "--mirror=ftp://x"],
+            "--mirror=ftp://x of snips is not allowed: use a folder or",
+        ),
+        (
+            ["gsm8k", "--accept_license=MIT", "--mirror=file:///no%20where"],
+            "mirror has no file /no where/gsm8k/LICENSE",
+        ),
+        (
             ["snips"],
             "licence CC0-1.0 (https://github.com/sonos/nlu-benchmark): read it, and accept",
         ),
