@@ -5,7 +5,7 @@ import json
 import pytest
 
 from sira_jax.errors import DataError
-from tasks import bengali_ner, specs, xtreme_up
+from tasks import bengali_ner, reading, specs, xtreme_up
 from tasks.loading import load_mixture, load_task
 from tasks.metrics import evaluate
 from tests.tasks import datasets
@@ -66,6 +66,13 @@ def test_snips(data):
     assert len(spec.examples("test")) == 7
 
 
+def test_a_snips_slot_without_a_name(data):
+    path = data / "snips/validate_GetWeather.json"
+    datasets.write_json(path, {"GetWeather": [{"data": [{"text": "x", "entity": None}]}]})
+    with pytest.raises(DataError, match="item 1: entity is no str"):
+        specs.get_task("snips").examples("test")
+
+
 def test_gsm8k(data):
     assert first("gsm8k") == {"inputs": "0 and 0?", "targets": "so\n#### 0"}
     datasets.write_lines(data / "gsm8k/test.jsonl", [{"question": "?", "answer": "18"}])
@@ -78,6 +85,12 @@ def test_banking77(data):
     (data / "banking77/test.csv").write_text("text,category\na,b\nc\n")
     with pytest.raises(DataError, match=r"1 of 2 lines damaged: line 3 .*1 cells"):
         specs.get_task("banking77").examples("test")
+    # A row that is not UTF-8 is one damaged row.
+    rows = b"a,b\n" * 100 + b"S\xe3o,b\n" + b"c,d\n"
+    (data / "banking77/test.csv").write_bytes(b"text,category\n" + rows)
+    with pytest.warns(reading.DamagedRowsWarning, match=r"1 of 102 lines .*line 102: not UTF-8"):
+        examples = specs.get_task("banking77").examples("test")
+    assert len(examples) == 101
     (data / "banking77/test.csv").write_text("a,b\n")
     with pytest.raises(DataError, match=r"line 1: .* where the columns"):
         specs.get_task("banking77").examples("test")
@@ -98,6 +111,7 @@ def test_ner(data):
         ({"start_byte": 5, "limit_byte": 99}, "span 5:99 of a text of 31 bytes"),
         ({"start_byte": 5, "limit_byte": 5}, "span 5:5 of a text"),
         ({"start_byte": 5}, "limit_byte is no int"),
+        ({"start_byte": False, "limit_byte": 5}, "start_byte is no int"),
     ],
 )
 def test_bad_spans(data, span, reason):
@@ -116,8 +130,16 @@ def test_bengali_ner(data):
         {"inputs": "হয়", "targets": ""},
     ]
     (data / "ner_bengali/test_data.txt").write_text("ক\tO\n\n\nখ\tO\nগ\t\n")
-    with pytest.raises(DataError, match=r"1 of 2 lines damaged: line 4 .*is no token, tab and tag"):
+    with pytest.raises(DataError, match=r"1 of 2 sentences damaged: line 5 .*is no token, tab"):
         specs.get_task("bengali_ner").examples("test")
+
+
+def test_bengali_ner_that_is_not_utf8(data):
+    path = data / "ner_bengali/test_data.txt"
+    path.write_bytes("ক\tO\nখ\tO\n\n".encode() * 100 + b"a\tO\n\xe9\tO\n")
+    with pytest.warns(reading.DamagedRowsWarning, match=r"1 of 101 sen.*line 302: not UTF-8"):
+        examples = specs.get_task("bengali_ner").examples("test")
+    assert len(examples) == 100
 
 
 def test_entities_by_hand():
