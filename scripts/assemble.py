@@ -306,7 +306,7 @@ class Plan:
         texts = iter(self.decode(model, params, prompts, description, adapter_ids))
         scores, records = {}, []
         for task in loaded:
-            predictions = [next(texts).strip() for _ in task.inputs]
+            predictions = [next(texts) for _ in task.inputs]
             scores[task.name] = tasks.evaluate(task.metrics, predictions, task.examples)
             for example, prediction in zip(task.examples, predictions, strict=True):
                 record = {"input": example["inputs"], "target": example["targets"]}

@@ -8,6 +8,7 @@ import select
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from ml_collections.config_flags import tuple_parser
 from sira_jax.errors import ConfigError, SiraError, check
 
 USER_ERROR = 2
+_format_any_warning = warnings.formatwarning
 
 
 class _OrNone(flags.ArgumentParser):
@@ -70,16 +72,27 @@ def set_data_dir(folder: str | None) -> None:
     os.environ["SIRA_DATA_DIR"] = os.path.abspath(folder)
 
 
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line=None
+) -> str:
+    """One line of a warning of ours, which is on the user's data and not on a place in the code."""
+    if category.__module__.split(".")[0] not in ("sira_jax", "tasks"):
+        return _format_any_warning(message, category, filename, lineno, line)
+    return f"warning: {' '.join(str(message).split())}\n"
+
+
 def run_main(main: Callable[[list[str]], Any], argv: list[str] | None = None) -> None:
     """Parses the absl flags and runs `main(remaining arguments)`.
 
-    A SiraError, or a mistake in the flags, prints one line `error: ...` on standard error and exits with status 2.
+    A SiraError, or a mistake in the flags, prints one line `error: ...` on standard error and exits with status 2. A warning
+    of the library's prints one line `warning: ...`.
     Whatever else is raised is a defect and keeps its stack trace. The integer `main` returns is the exit status.
     """
     if "data_dir" not in flags.FLAGS:
         folder = "folder of the downloaded data sets (default $SIRA_DATA_DIR, or the cache)"
         flags.DEFINE_string("data_dir", None, folder)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    warnings.formatwarning = _format_warning
     absl_logging.set_verbosity(absl_logging.ERROR)
 
     def guarded(arguments: list[str]) -> Any:

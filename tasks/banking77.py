@@ -19,12 +19,13 @@ VALIDATION_SHARE = 10
 def _example(row: list[str]) -> specs.Example:
     if len(row) != len(COLUMNS) or not all(cell.strip() for cell in row):
         raise DataError(f"{len(row)} cells, where text,category should be")
+    reading.check_utf8("".join(row))
     return {"inputs": " ".join(row[0].split()), "targets": row[1].strip()}
 
 
 def read_file(path: Path) -> list[specs.Example]:
     """The examples of one file. Raises DataError where it is damaged."""
-    reader = csv.reader(io.StringIO(reading.read_text(path), newline=""))
+    reader = csv.reader(io.StringIO(reading.read_text(path, by_row=True), newline=""))
     try:
         header = next(reader, None)
         if header != COLUMNS:

@@ -19,16 +19,30 @@ VALIDATION_SHARE = 10
 _TAG = re.compile(r"O|TIM|[BI]-(?:PER|LOC|ORG)")
 
 
+def _cells(line: str) -> tuple[str, str]:
+    """Token and tag of a line. Raises DataError where it is damaged."""
+    # A few lines hold a tab too many.
+    cells = [cell.strip() for cell in line.split("\t") if cell.strip()]
+    if len(cells) != 2 or not _TAG.fullmatch(cells[1]):
+        raise DataError(f"{line!r} is no token, tab and tag")
+    reading.check_utf8(line)
+    return cells[0], cells[1]
+
+
 def _sentences(text: str) -> Iterator[tuple[int, list[str]]]:
-    """The number of a sentence's first line, and its lines."""
-    first, lines = 1, []
+    """The number of a sentence's first damaged line, else of its first line, and its lines."""
+    first, damaged, lines = 1, None, []
     for number, line in enumerate([*text.split("\n"), ""], start=1):
         if line.strip():
             lines.append(line)
+            try:
+                _cells(line)
+            except DataError:
+                damaged = damaged or number
         else:
             if lines:
-                yield first, lines
-            first, lines = number + 1, []
+                yield damaged or first, lines
+            first, damaged, lines = number + 1, None, []
 
 
 def entities(tokens: Sequence[str], tags: Sequence[str]) -> list[tuple[str, str]]:
@@ -51,20 +65,14 @@ def entities(tokens: Sequence[str], tags: Sequence[str]) -> list[tuple[str, str]
 
 
 def _example(lines: Sequence[str]) -> specs.Example:
-    tokens, tags = [], []
-    for line in lines:
-        # A few lines hold a tab too many.
-        cells = [cell for cell in line.split("\t") if cell.strip()]
-        if len(cells) != 2 or not _TAG.fullmatch(cells[1].strip()):
-            raise DataError(f"{line!r} is no token, tab and tag")
-        tokens.append(cells[0].strip())
-        tags.append(cells[1].strip())
+    tokens, tags = zip(*map(_cells, lines), strict=True)
     return {"inputs": " ".join(tokens), "targets": span_target(entities(tokens, tags))}
 
 
 def read_file(path: Path) -> list[specs.Example]:
-    """The sentences of one file; a damaged one is named by its first line. Raises DataError where too many are."""
-    return reading.parse_rows(path, _sentences(reading.read_text(path)), _example)
+    """The sentences of one file; one is damaged with any of its lines. Raises DataError where too many are."""
+    sentences = _sentences(reading.read_text(path, by_row=True))
+    return reading.parse_rows(path, sentences, _example, unit="sentence", number_unit="line")
 
 
 def load(split: str) -> list[specs.Example]:

@@ -10,7 +10,9 @@ import http.client
 import json
 import os
 import shutil
+import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -19,12 +21,22 @@ from sira_jax.errors import DataError
 _CHUNK = 1 << 20
 _ATTEMPTS = 3
 _TIMEOUT_SECONDS = 60
+_PAUSE_SECONDS = 1.0
 _OK, _PARTIAL, _RANGE_NOT_SATISFIABLE = 200, 206, 416
+# What servers answer while they are too busy or come back.
+_PASSING = (408, 429, 500, 502, 503, 504)
 
 
 def is_url(place: str) -> bool:
     """Whether a place to fetch from is an address and no path."""
     return place.startswith(("http://", "https://"))
+
+
+def without_file_scheme(place: str) -> str:
+    """The path that a file:// address stands for; other places as they are."""
+    if not place.startswith("file://"):
+        return place
+    return urllib.request.url2pathname(urllib.parse.urlsplit(place).path)
 
 
 def fetch(place: str, target: Path) -> None:
@@ -61,23 +73,28 @@ def _version(part: Path, url: str) -> str | None:
 
 def _download(url: str, part: Path) -> None:
     reason = ""
-    for _ in range(_ATTEMPTS):
+    for attempt in range(_ATTEMPTS):
+        time.sleep(_PAUSE_SECONDS * attempt)
         try:
             if _transfer(url, part):
                 return
             reason = "the connection broke off"
         except urllib.error.HTTPError as error:
-            if error.code != _RANGE_NOT_SATISFIABLE:
-                raise DataError(f"cannot fetch {url}: HTTP status {error.code}") from None
-            part.unlink(missing_ok=True)
-            reason = "the server has less than the part that is here"
+            reason = f"HTTP status {error.code}"
+            if error.code == _RANGE_NOT_SATISFIABLE:
+                part.unlink(missing_ok=True)
+                reason = "the server has less than the part that is here"
+            elif error.code not in _PASSING:
+                raise DataError(f"cannot fetch {url}: {reason}") from None
         except urllib.error.URLError as error:
             reason = str(error.reason)
         except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
             reason = str(error) or type(error).__name__
+    # A part of a version that the server does not name is of no use.
+    kept = part.stat().st_size if _version(part, url) else 0
     raise DataError(
         f"cannot fetch {url} after {_ATTEMPTS} attempts: {reason}; run again to go on from"
-        f" {part.stat().st_size if part.exists() else 0} bytes, or name a --mirror"
+        f" {kept} bytes, or name a --mirror"
     )
 
 

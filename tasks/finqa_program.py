@@ -8,6 +8,7 @@ constant `const_100`, or `#k`, the result of step k. `table_max(row name, none)`
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -50,9 +51,9 @@ def parse_program(text: str) -> list[Step]:
 
 
 def parse_number(text: str) -> float:
-    """`5,829`, `12%` (0.12), `const_100`, `const_m1` (-1). Raises ProgramError for anything else."""
+    """`5,829`, `12%` (0.12), `const_100`, `-const_100`, `const_m1` (-1). Raises ProgramError for anything else."""
     bare = text.replace(",", "")
-    constant = bare.removeprefix("const_")
+    constant = bare.replace("const_", "")
     try:
         if constant != bare:
             return float("-1" if constant == "m1" else constant)
@@ -67,10 +68,11 @@ def _reference(text: str, step: int) -> int | None:
     """k of `#k`, None for other arguments. Raises ProgramError where step k is not an earlier one."""
     if not text.startswith("#"):
         return None
-    # Python refuses to read a number of thousands of digits.
-    if not text[1:].isdecimal() or len(text) > 10 or int(text[1:]) >= step:
+    # A tokenizer may put a space after the sign. Python refuses to read a number of thousands of digits.
+    digits = text[1:].strip()
+    if not digits.isdecimal() or len(digits) > 9 or int(digits) >= step:
         raise ProgramError(f"{text!r} in step {step} is no earlier step")
-    return int(text[1:])
+    return int(digits)
 
 
 def _cell(text: str) -> float:
@@ -230,8 +232,9 @@ def check_example(qa: Mapping) -> None:
     """Raises DataError where `qa.program` or `qa.exe_ans` is not what the metrics need."""
     answer = qa.get("exe_ans")
     is_number = isinstance(answer, int | float) and not isinstance(answer, bool)
+    is_number = is_number and abs(answer) < math.inf
     if not (is_number or answer in ("yes", "no")):
-        raise DataError(f"qa.exe_ans={answer!r}: a number, yes or no")
+        raise DataError(f"qa.exe_ans={answer!r}: a finite number, yes or no")
     try:
         parse_program(qa["program"])
     except ProgramError as error:

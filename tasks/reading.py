@@ -96,6 +96,7 @@ def parse_rows(
     parse: Callable[[Row], Example | None],
     *,
     unit: str = "line",
+    number_unit: str | None = None,
 ) -> list[Example]:
     """The examples of the rows that can be read.
 
@@ -103,7 +104,8 @@ def parse_rows(
       path: of the file, for messages.
       rows: numbers, as an editor or a list counts them, and rows.
       parse: makes an example of a row, or None for a sound row that is no example. Raises DataError for a damaged one.
-      unit: what the numbers count.
+      unit: what the rows are called.
+      number_unit: what the numbers count, where that is something else.
 
     Raises:
       DataError: there is no example, or more rows are damaged than `max_damaged` allows; the message names the rows.
@@ -124,9 +126,10 @@ def parse_rows(
         numbers = ", ".join(str(number) for number, _ in damaged[:_SHOWN])
         more = ", ..." if len(damaged) > _SHOWN else ""
         plural = "s" if len(damaged) > 1 else ""
+        named = number_unit or unit
         message = (
-            f"{path}: {len(damaged)} of {total} {unit}s damaged: {unit}{plural} {numbers}{more}"
-            f" ({unit} {damaged[0][0]}: {damaged[0][1]})"
+            f"{path}: {len(damaged)} of {total} {unit}s damaged: {named}{plural} {numbers}{more}"
+            f" ({named} {damaged[0][0]}: {damaged[0][1]})"
         )
         if len(damaged) > max_damaged() * total:
             raise DataError(
@@ -138,16 +141,19 @@ def parse_rows(
     return examples
 
 
-def read_text(path: Path, *, fallback: str | None = None) -> str:
+def read_text(path: Path, *, fallback: str | None = None, by_row: bool = False) -> str:
     """The text of a UTF-8 file, with or without a byte-order mark.
 
     Args:
       path: of the file.
       fallback: an encoding for files that are not UTF-8; None allows none.
+      by_row: leave bytes that are not UTF-8 to `check_utf8`, so that they damage a row and not the file.
 
     Raises DataError where it cannot be read.
     """
     data = read_bytes(path)
+    if by_row:
+        return data.decode("utf-8-sig", errors="surrogateescape")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -155,6 +161,14 @@ def read_text(path: Path, *, fallback: str | None = None) -> str:
             line = data.count(b"\n", 0, error.start) + 1
             raise DataError(f"{path}, line {line}: not UTF-8 ({error.reason})") from None
         return data.decode(fallback)
+
+
+def check_utf8(text: str) -> None:
+    """Raises DataError where a part of `read_text(..., by_row=True)` was not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError("not UTF-8") from None
 
 
 def read_json_lines(path: Path, parse: Callable[[Mapping], Example | None]) -> list[Example]:
@@ -175,8 +189,9 @@ def read_json_lines(path: Path, parse: Callable[[Mapping], Example | None]) -> l
 
 def read_json(path: Path, *, fallback: str | None = None) -> object:
     """The value of a JSON file. Raises DataError that names the line where it is none."""
+    text = read_text(path, fallback=fallback)
     try:
-        return json_text.parse(read_text(path, fallback=fallback))
+        return json_text.parse(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}: no JSON ({error.msg})") from None
     except ValueError as error:
@@ -212,7 +227,8 @@ def value_of(row: Mapping, kind: type, *names: str) -> object:
     value: object = row
     for name in names:
         value = value.get(name) if isinstance(value, Mapping) else None
-    if not isinstance(value, kind):
+    # JSON's true and false are no numbers.
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise DataError(f"{'.'.join(names)} is no {kind.__name__}")
     return value
 

@@ -34,6 +34,7 @@ def _example(intent: str, row: Mapping) -> specs.Example:
             raise DataError("data holds a piece without text")
         texts.append(piece["text"])
         if "entity" in piece:
+            reading.text_of(piece, "entity")
             slots.append(f"[SL:{piece['entity']} {' '.join(piece['text'].split())} ] ")
     request = " ".join("".join(texts).split())
     if not request:

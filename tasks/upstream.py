@@ -184,7 +184,10 @@ def download_data_set(
             entry = manifest["files"].get(file.path, {})
             if entry and all(_has(folder, *item) for item in _contents(file.path, entry)):
                 continue
-            place = f"{mirror}/{data_set.folder}/{file.path}" if mirror is not None else file.url
+            place = file.url
+            if mirror is not None:
+                # Two slashes in an address are another place for most servers.
+                place = f"{os.fspath(mirror).rstrip('/')}/{data_set.folder}/{file.path}"
             manifest["files"][file.path] = _bring(place, folder, file, entry)
             _write_manifest(folder, manifest)
     except OSError as error:

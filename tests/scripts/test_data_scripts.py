@@ -109,6 +109,14 @@ def test_mistakes_are_one_line(arguments, message, tmp_path):
         (["bfcl", "--mirror=/nowhere"], "mirror /nowhere has no file bfcl_eval-"),
         (["bfcl", "--mirror=http://localhost"], "of bfcl is not allowed: use a folder"),
         (
+            ["snips", "--mirror=ftp://x"],
+            "--mirror=ftp://x of snips is not allowed: use a folder or",
+        ),
+        (
+            ["gsm8k", "--accept_license=MIT", "--mirror=file:///no%20where"],
+            "mirror has no file /no where/gsm8k/LICENSE",
+        ),
+        (
             ["snips"],
             "licence CC0-1.0 (https://github.com/sonos/nlu-benchmark): read it, and accept",
         ),
@@ -133,6 +141,12 @@ def test_show_a_downloaded_task(tmp_path):
     result = run("show_task.py", "xtreme_up_ner_sw", "--num=1", f"--data_dir={tmp_path}")
     assert result.returncode == 0, result.stderr
     assert "LOC: Kenya $$ PER: Ọla" in result.stdout
+    with (tmp_path / "gsm8k/test.jsonl").open("a") as file:
+        file.write('{"question": "?", "answer": "#### 1"}\n' * 200 + '{"question": "?", "ans')
+    result = run("show_task.py", "gsm8k", "--split=test", "--num=1", f"--data_dir={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.startswith(f"warning: {tmp_path}/gsm8k/test.jsonl: 1 of 204 lines damaged")
+    assert result.stderr.count("\n") == 1
     result = run("show_task.py", "finqa", f"--data_dir={tmp_path}/none")
     assert result.returncode == 2
     assert "is not allowed: a folder that exists" in result.stderr

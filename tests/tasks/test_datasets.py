@@ -5,7 +5,7 @@ import json
 import pytest
 
 from sira_jax.errors import DataError
-from tasks import bengali_ner, specs, xtreme_up
+from tasks import bengali_ner, reading, specs, xtreme_up
 from tasks.loading import load_mixture, load_task
 from tasks.metrics import evaluate
 from tests.tasks import datasets
@@ -66,6 +66,13 @@ def test_snips(data):
     assert len(spec.examples("test")) == 7
 
 
+def test_a_snips_slot_without_a_name(data):
+    path = data / "snips/validate_GetWeather.json"
+    datasets.write_json(path, {"GetWeather": [{"data": [{"text": "x", "entity": None}]}]})
+    with pytest.raises(DataError, match="item 1: entity is no str"):
+        specs.get_task("snips").examples("test")
+
+
 def test_gsm8k(data):
     assert first("gsm8k") == {"inputs": "0 and 0?", "targets": "so\n#### 0"}
     datasets.write_lines(data / "gsm8k/test.jsonl", [{"question": "?", "answer": "18"}])
@@ -78,6 +85,12 @@ def test_banking77(data):
     (data / "banking77/test.csv").write_text("text,category\na,b\nc\n")
     with pytest.raises(DataError, match=r"1 of 2 lines damaged: line 3 .*1 cells"):
         specs.get_task("banking77").examples("test")
+    # A row that is not UTF-8 is one damaged row.
+    rows = b"a,b\n" * 100 + b"S\xe3o,b\n" + b"c,d\n"
+    (data / "banking77/test.csv").write_bytes(b"text,category\n" + rows)
+    with pytest.warns(reading.DamagedRowsWarning, match=r"1 of 102 lines .*line 102: not UTF-8"):
+        examples = specs.get_task("banking77").examples("test")
+    assert len(examples) == 101
     (data / "banking77/test.csv").write_text("a,b\n")
     with pytest.raises(DataError, match=r"line 1: .* where the columns"):
         specs.get_task("banking77").examples("test")
@@ -98,6 +111,7 @@ def test_ner(data):
         ({"start_byte": 5, "limit_byte": 99}, "span 5:99 of a text of 31 bytes"),
         ({"start_byte": 5, "limit_byte": 5}, "span 5:5 of a text"),
         ({"start_byte": 5}, "limit_byte is no int"),
+        ({"start_byte": False, "limit_byte": 5}, "start_byte is no int"),
     ],
 )
 def test_bad_spans(data, span, reason):
@@ -116,8 +130,16 @@ def test_bengali_ner(data):
         {"inputs": "হয়", "targets": ""},
     ]
     (data / "ner_bengali/test_data.txt").write_text("ক\tO\n\n\nখ\tO\nগ\t\n")
-    with pytest.raises(DataError, match=r"1 of 2 lines damaged: line 4 .*is no token, tab and tag"):
+    with pytest.raises(DataError, match=r"1 of 2 sentences damaged: line 5 .*is no token, tab"):
         specs.get_task("bengali_ner").examples("test")
+
+
+def test_bengali_ner_that_is_not_utf8(data):
+    path = data / "ner_bengali/test_data.txt"
+    path.write_bytes("ক\tO\nখ\tO\n\n".encode() * 100 + b"a\tO\n\xe9\tO\n")
+    with pytest.warns(reading.DamagedRowsWarning, match=r"1 of 101 sen.*line 302: not UTF-8"):
+        examples = specs.get_task("bengali_ner").examples("test")
+    assert len(examples) == 100
 
 
 def test_entities_by_hand():
@@ -178,11 +200,29 @@ def test_finqa_without_retrieved_facts(data):
     )
 
 
+@pytest.mark.parametrize("facts", [{}, {"gold_inds": {}}, {"gold_inds": {}, "model_input": []}])
+def test_finqa_without_any_facts_has_the_page(data, facts):
+    """Upstream's context without a retriever: texts, then a sentence a row, without leaders."""
+    qa = {k: datasets.FINQA["qa"][k] for k in ("question", "program", "exe_ans")} | facts
+    page = {"pre_text": ["sales . . . . . . grew .", "a ."], "post_text": ["b ."], "qa": qa}
+    table = [["in millions", "2008", "2007"], ["net  sales", "$ 120", "$ 100"], ["costs", "7", ""]]
+    datasets.write_json(data / "finqa/test.json", [datasets.FINQA | page | {"table": table}])
+    assert first("finqa")["inputs"] == (
+        "question: what is the growth of net sales? context: sales  grew . a . b ."
+        " in millions the net sales of 2008 is $ 120 ; the net sales of 2007 is $ 100 ;"
+        " in millions the costs of 2008 is 7 ; the costs of 2007 is ;"
+    )
+    datasets.write_json(data / "finqa/test.json", [{"table": [], "qa": qa}])
+    with pytest.raises(DataError, match="item 1: pre_text is no list"):
+        specs.get_task("finqa").examples("test")
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"program": "120 - 100"}, "qa.program='120 - 100': no step at '120 - 100'"),
-        ({"exe_ans": None}, "qa.exe_ans=None: a number, yes or no"),
+        ({"exe_ans": None}, "qa.exe_ans=None: a finite number, yes or no"),
+        ({"exe_ans": float("nan")}, "qa.exe_ans=nan: a finite number, yes or no"),
         ({"question": ""}, "question is empty"),
         ({"model_input": [["x"]]}, "qa.model_input is no list of"),
     ],

@@ -25,6 +25,8 @@ TABLE = [
         ("add(1, 2)", 3),
         ("multiply(2.5, const_100)", 250),
         ("multiply(2, const_m1)", -2),
+        ("add(-const_3, 1)", -2),
+        ("add(1, 1), add(# 0, #0)", 4),
         ("divide(1, 3)", 0.33333),
         ("divide(60, 243), multiply(#0, const_100)", 24.69136),
         ("add(12%, 0.5)", 0.62),
@@ -93,6 +95,7 @@ def test_parsing():
         ("table_max(x, none), divide(#0, 2)", "table_max(x, none), divide(#0, 2)"),
         ("add(1, 2), greater(#0, 3)", "add(2, 1), greater(#0, 3)"),
         ("add(1, 2), exp(#0, 3)", "add(2, 1), exp(#0, 3)"),
+        ("add(1, 2), divide(# 0, 3)", "add(1, 2), divide(#0, 3)"),
     ],
 )
 def test_equal_formulas(one, other):

@@ -115,6 +115,14 @@ def test_encodings(tmp_path):
     assert reading.read_text(path, fallback="latin-1") == "a\nSão"
     with pytest.raises(DataError, match=r"x\.txt, line 2: not UTF-8"):
         reading.read_text(path)
+    assert reading.read_text(path, by_row=True) == "a\nS\udce3o"
+    with pytest.raises(DataError, match="not UTF-8"):
+        reading.check_utf8("S\udce3o")
+    reading.check_utf8("São")
+    with pytest.raises(
+        DataError, match=r"^\S+x\.txt, line 2: not UTF-8 \(invalid continuation byte\)$"
+    ):
+        reading.read_json(path)
     with pytest.raises(DataError, match="No such file"):
         reading.read_text(Path(tmp_path / "y.txt"))
 

@@ -23,12 +23,16 @@ class Server(http.server.BaseHTTPRequestHandler):
     """Serves CONTENTS with ranges; `cut` ends the next answers after so many bytes."""
 
     cut: list[int] = []  # noqa: RUF012 - set by the tests
+    statuses: list[int] = []  # noqa: RUF012 - of the next answers, without content
     requests: list[tuple[str, str | None, int]] = []  # noqa: RUF012
     etag = '"one"'
     ranges = True
 
     def do_GET(self):
-        content = CONTENTS.get(self.path.lstrip("/"))
+        if self.statuses:
+            self.send_error(self.statuses.pop(0))
+            return
+        content = CONTENTS.get(self.path.removeprefix("/"))
         if content is None:
             self.send_error(404)
             return
@@ -57,6 +61,8 @@ def blob(content):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(Server, "cut", [])
+    monkeypatch.setattr(Server, "statuses", [])
+    monkeypatch.setattr(fetch, "_PAUSE_SECONDS", 0)
     monkeypatch.setattr(Server, "requests", [])
     instance = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     thread = threading.Thread(target=instance.serve_forever, daemon=True)
@@ -146,7 +152,8 @@ def test_parts_of_two_versions_are_never_joined(data_set, tmp_path, monkeypatch,
     if change == "weak":
         monkeypatch.setattr(Server, "etag", 'W/"one"')
     Server.cut[:] = [1000, 0, 0] if change != "no etag" else [1000, 1000, 1000]
-    with pytest.raises(DataError, match="after 3 attempts"):
+    kept = 0 if change in ("no etag", "weak") else 1000
+    with pytest.raises(DataError, match=f"after 3 attempts: .* from {kept} bytes"):
         download_data_set("data", accepted=["MIT"], data_dir=tmp_path)
     if change == "etag":
         monkeypatch.setattr(Server, "etag", '"two"')
@@ -176,6 +183,21 @@ def test_missing_files(data_set, tmp_path, monkeypatch):
         download_data_set("data", accepted=["MIT"], data_dir=tmp_path)
 
 
+def test_a_busy_server_is_asked_again(data_set, tmp_path):
+    Server.statuses[:] = [503, 429]
+    folder = download_data_set("data", accepted=["MIT"], data_dir=tmp_path)
+    assert (folder / "a.bin").read_bytes() == CONTENT
+    # What does not pass is not asked for again; what does not pass in time is named.
+    (folder / "a.bin").unlink()
+    Server.statuses[:] = [403, 403]
+    with pytest.raises(DataError, match=r"a\.bin: HTTP status 403$"):
+        download_data_set("data", accepted=["MIT"], data_dir=tmp_path)
+    assert Server.statuses == [403]
+    Server.statuses[:] = [503, 503, 503]
+    with pytest.raises(DataError, match=r"after 3 attempts: HTTP status 503; .* from 0 bytes"):
+        download_data_set("data", accepted=["MIT"], data_dir=tmp_path)
+
+
 def test_nobody_answers(data_set, tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"after 3 attempts: .*refused"):
         fetch.fetch("http://127.0.0.1:9/x", tmp_path / "x")
@@ -193,7 +215,7 @@ def test_mirrors(data_set, server, tmp_path, kind, monkeypatch):
         for path in ("set/a.bin", "set/sub/b.txt"):
             (tmp_path / "mirror" / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / "mirror" / path).write_bytes(CONTENTS[path])
-    mirror = tmp_path / "mirror" if kind == "folder" else server
+    mirror = tmp_path / "mirror" if kind == "folder" else f"{server}/"
     folder = download_data_set("data", accepted=["MIT"], data_dir=tmp_path / "x", mirror=mirror)
     assert (folder / "a.bin").read_bytes() == CONTENT
     with pytest.raises(DataError, match=r"mirror has no file /nowhere/set/a\.bin"):
