@@ -70,7 +70,8 @@ def main(argv: list[str]) -> int:
         raise ConfigError("--workdir=DIR is needed")
     workdir = Path(WORKDIR.value)
     if QUEUE.value:
-        return _work(_chosen(load_sweep(workdir)), workdir, QUEUE.value)
+        sweep = load_sweep(workdir)
+        return _work(_chosen(sweep), sweep, workdir, QUEUE.value)
     sweep = _read_sweep(workdir)
     runs = _chosen(sweep)
     if DRY_RUN.value or STATUS.value:
@@ -82,7 +83,7 @@ def main(argv: list[str]) -> int:
         return 0
     check_runs(runs)
     save_sweep(workdir, sweep)
-    status = run_queue(runs, workdir, WORKERS.value)
+    status = run_queue(runs, sweep, workdir, WORKERS.value)
     print(f"{format_counts(runs)}; table: {write_results(workdir, sweep.runs)}")
     if CHOOSE.value and status == 0:
         print(f"best settings: {choose(workdir, sweep.runs, CHOOSE.value)}")
@@ -104,13 +105,13 @@ def _read_sweep(workdir: Path) -> Sweep:
     return read_sweep(SWEEP.value, workdir, common, chosen)
 
 
-def run_queue(runs: Sequence[SweepRun], workdir: Path, workers: int) -> int:
-    """Works on the runs with so many processes; the exit status."""
+def run_queue(runs: Sequence[SweepRun], sweep: Sweep, workdir: Path, workers: int) -> int:
+    """Works on the runs, those of --only, with so many processes; the exit status."""
     queue = uuid.uuid4().hex
     if workers == 1:
-        return _work(runs, workdir, queue)
+        return _work(runs, sweep, workdir, queue)
     command = [sys.executable, __file__, f"--workdir={workdir}", f"--queue={queue}"]
-    command.append(f"--only={','.join(run.name for run in runs)}")
+    command.append(f"--only={','.join(ONLY.value)}")
     # In groups of their own: Ctrl-C then reaches them once, through this process.
     started = [subprocess.Popen(command, process_group=0) for _ in range(workers)]
 
@@ -129,9 +130,9 @@ def run_queue(runs: Sequence[SweepRun], workdir: Path, workers: int) -> int:
     return wrong[0] if wrong else _status(runs)
 
 
-def _work(runs: Sequence[SweepRun], workdir: Path, queue: str) -> int:
+def _work(runs: Sequence[SweepRun], sweep: Sweep, workdir: Path, queue: str) -> int:
     try:
-        work(runs, workdir, queue)
+        work(runs, workdir, queue, lambda: write_results(workdir, sweep.runs))
     except Stopped:
         return STOPPED
     return _status(runs)
@@ -171,7 +172,9 @@ def _write_jobs(runs: Sequence[SweepRun], workdir: Path) -> None:
 def format_status(sweep: Sweep, runs: Sequence[SweepRun]) -> str:
     """A line a run, and how many are in which state."""
     lines = [_format(run, status_of(run)) for run in runs]
-    lines += [f"left out: {name} is the same run as {kept}" for name, kept in sweep.same.items()]
+    for name, kept in sweep.same.items():
+        again = "was given again" if name == kept else f"is the same run as {kept}"
+        lines.append(f"left out: {name} {again}")
     return "\n".join([*lines, format_counts(runs)])
 
 

@@ -33,6 +33,8 @@ def slurm(
       parallel: runs at once.
       options: further options of sbatch, such as "partition=gpu".
     """
+    fine = re.fullmatch(r"[\w.+-]+", name)
+    check(fine, "--job_name", name, "letters, digits and . _ + -")
     for option in options:
         fine = re.fullmatch(r"[a-z][a-z-]*(=[\w.,:/@%+\[\]&|*()=-]+)?", option)
         check(
