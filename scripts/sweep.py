@@ -32,7 +32,7 @@ from scripts.sweep_plan import Sweep, SweepRun, check_runs, load_sweep, read_swe
 from scripts.sweep_queue import STATES, Status, status_of, work
 from scripts.sweep_table import write_results
 from sira_jax.errors import ConfigError, check
-from sira_jax.files import write_text
+from sira_jax.files import naming, write_text
 
 SWEEP = flags.DEFINE_string(
     "sweep", None, "FILE or FILE:ARGUMENT with get_sweep; default: the sweep that --workdir has."
@@ -57,6 +57,12 @@ JOB_NAME = flags.DEFINE_string("job_name", "sweep", "Name of the job.")
 SBATCH = flags.DEFINE_multi_string("sbatch", [], "Option of sbatch, OPTION=VALUE; repeatable.")
 IMAGE = flags.DEFINE_string("image", None, "Container image, for --jobs=gke.")
 CLAIM = flags.DEFINE_string("claim", None, "PersistentVolumeClaim of --workdir, for --jobs=gke.")
+LIMIT = flags.DEFINE_multi_string(
+    "limit", [], "What each run gets, for --jobs=gke, such as nvidia.com/gpu=1; repeatable."
+)
+NODE = flags.DEFINE_multi_string(
+    "node", [], "Label of the nodes, LABEL=VALUE, for --jobs=gke; repeatable."
+)
 # Given by the script to the processes it starts.
 QUEUE = flags.DEFINE_string("queue", None, "Name of the call that this process works for.")
 
@@ -78,8 +84,7 @@ def main(argv: list[str]) -> int:
         print(format_status(sweep, runs))
         return 0
     if JOBS.value:
-        save_sweep(workdir, sweep)
-        _write_jobs(runs, workdir)
+        _write_jobs(runs, sweep, workdir)
         return 0
     check_runs(runs)
     save_sweep(workdir, sweep)
@@ -152,7 +157,7 @@ def _chosen(sweep: Sweep) -> list[SweepRun]:
     return list(chosen.values() if ONLY.value else known.values())
 
 
-def _write_jobs(runs: Sequence[SweepRun], workdir: Path) -> None:
+def _write_jobs(runs: Sequence[SweepRun], sweep: Sweep, workdir: Path) -> None:
     left = [run.name for run in runs if not run.is_done()]
     if not left:
         print("every run is done")
@@ -161,9 +166,12 @@ def _write_jobs(runs: Sequence[SweepRun], workdir: Path) -> None:
     if JOBS.value == "slurm":
         files, start = sweep_jobs.slurm(*common, SBATCH.value), "sbatch"
     else:
-        files, start = sweep_jobs.gke(*common, IMAGE.value, CLAIM.value), "kubectl create -f"
+        wanted = (IMAGE.value, CLAIM.value, LIMIT.value, NODE.value)
+        files, start = sweep_jobs.gke(*common, *wanted), "kubectl create -f"
+    save_sweep(workdir, sweep)
     out = Path(JOBS_OUT.value or workdir)
-    out.mkdir(parents=True, exist_ok=True)
+    with naming(out):
+        out.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         write_text(out / name, text)
         print(f"{start} {out / name}   starts {len(left)} runs, {WORKERS.value} at once")

@@ -73,6 +73,15 @@ def test_gke_manifests(tmp_path):
     done = subprocess.run(["bash", "-c", program], env=env, capture_output=True, text=True)
     assert done.stdout == "scripts/sweep.py --workdir=/mnt/s --only=a/seed0\n"
     assert not re.search(r"(?<!\$)\$(?!\$)", container["command"][2])
+    assert "resources" not in container
+    assert "nodeSelector" not in spec["template"]["spec"]
+    wanted = (["google.com/tpu=4"], ["cloud.google.com/gke-tpu-topology=2x2"])
+    (text,) = sweep_jobs.gke(names, Path("/mnt/s"), "s", 2, "i", "claim", *wanted).values()
+    pod = json.loads(text)["spec"]["template"]["spec"]
+    assert pod["containers"][0]["resources"] == {"limits": {"google.com/tpu": "4"}}
+    assert pod["nodeSelector"] == {"cloud.google.com/gke-tpu-topology": "2x2"}
+    with pytest.raises(ConfigError, match=r"--limit='tpu' is not allowed: NAME=VALUE"):
+        sweep_jobs.gke(names, Path("/mnt/s"), "s", 2, "i", "claim", ["tpu"])
     with pytest.raises(ConfigError, match="needs --image"):
         sweep_jobs.gke(names, Path("/mnt/s"), "sira", 2, None, "claim")
     with pytest.raises(ConfigError, match=r"--job_name='Sira'"):
