@@ -369,6 +369,10 @@ def test_the_script(sweep_file, tmp_path, monkeypatch, capsys):
     text = (tmp_path / "jobs" / "job.sbatch").read_text()
     assert "#SBATCH --array=0-1%1\n" in text
     assert "RUNS=(lora/seed0 sira/seed1)\n" in text
+    new = tmp_path / "new"
+    with pytest.raises(ConfigError, match="needs --image"):
+        call("sweep", f"--sweep={path}", f"--workdir={new}", "--jobs=gke")
+    assert not new.exists()
     call("sweep", workdir)
     assert "4 runs: 4 done" in call("sweep", workdir, "--status")
     assert len(calls(file)) == 8
