@@ -33,7 +33,7 @@ from scripts.run_results import (
     read_run,
 )
 from sira_jax.errors import ConfigError
-from sira_jax.files import write_atomically
+from sira_jax.files import naming, write_atomically
 from sira_jax.training.train_state import init_adapter, split_params
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
@@ -60,7 +60,11 @@ def main(argv: list[str]) -> None:
         raise ConfigError(f"--workdir={WORKDIR.value}: the frozen model has no router")
     out = Path(OUT.value or Path(WORKDIR.value) / "routers")
     sections, pngs, content = analyze(plan, WORKDIR.value, CHECKPOINT.value)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with naming(out):
+            out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(f"--out={out}: is not a directory, or lies in none") from None
     title = f"Routers of {WORKDIR.value}"
     files = {
         **pngs,
@@ -98,7 +102,7 @@ def analyze(
     label_of = np.full(max(plan.base.config.vocab_size, len(texts)), len(common), np.int32)
     label_of[common] = np.arange(len(common))
     kind_of = np.full(len(label_of), router_labels.KINDS.index("other"), np.int32)
-    kind_of[: len(texts)] = router_labels.kinds_of(texts)
+    kind_of[: len(texts)] = router_labels.kinds_in(plan.vocabulary)
     labelled = {
         "task": batches,
         "kind of token": router_labels.label_tokens(batches, kind_of),
@@ -149,7 +153,8 @@ def analyze(
     for projection, layer in tops[:1]:
         pngs["preferences.png"] = _draw_kinds(kinds, projection, layer)
     text = [f"Checkpoint of step {step}, {split} split, {len(names)} tasks."]
-    text += _describe(run.router) + [_sentence(name, value) for name, value in found.items()]
+    text += _describe(run.router) + _during_training(run)
+    text += [_sentence(name, value) for name, value in found.items()]
     favourites = [_favourites(tokens, p, layer, [texts[i] for i in common]) for p, layer in tops]
     sections = _sections(run, found, text, pngs, favourites)
     return sections, pngs, {"text": text, "step": step, **_plain(found, run)}
@@ -264,12 +269,34 @@ def _describe(router: Router) -> list[str]:
     ]
 
 
+def _during_training(run: Run) -> list[str]:
+    """What the text above cannot say: training has a capacity of its own, evaluation by default none."""
+    steps, shares = run.curve("train/router/dropped_share")
+    if not steps:
+        return []
+    highest = max(range(len(steps)), key=lambda i: shares[i])
+    return [
+        f"In training {100 * shares[-1]:.2f}% of the pairs were dropped up to step {steps[-1]}, the last that"
+        f" was logged, and at most {100 * shares[highest]:.2f}%, up to step {steps[highest]}."
+    ]
+
+
+def _verdict(name: str, value: Told) -> str:
+    if value.mean <= value.chance_N.max():
+        return f"No specialisation on the {name}: the experts tell no more than by chance."
+    if value.mean <= value.before:
+        return f"No specialisation on the {name} was learned: untrained routers tell as much."
+    return (
+        f"The experts specialise on the {name}: they tell more than by chance and before training."
+    )
+
+
 def _sentence(name: str, value: Told) -> str:
     above, all_of_them = value.above
     return (
-        f"The expert tells {value.mean:.4f} nats of the {name} ({100 * value.mean / max(value.bound, 1e-12):.1f}% of the"
-        f" {value.bound:.3f} there are, {value.labels} labels); by chance"
-        f" {value.chance_N.mean():.4f}, before training {value.before:.4f}."
+        f"{_verdict(name, value)} The expert tells {value.mean:.4f} nats of the {name}"
+        f" ({100 * value.mean / max(value.bound, 1e-12):.1f}% of the {value.bound:.3f} there are,"
+        f" {value.labels} labels); by chance {value.chance_N.mean():.4f}, before training {value.before:.4f}."
         f" {above} of {all_of_them} routers tell more than in each of {len(value.chance_N)} shufflings"
         f" (all together: p = {value.p:.2g}, the least possible is {1 / (1 + len(value.chance_N)):.2g}),"
         f" {value.risen} more than before training."

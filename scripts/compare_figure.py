@@ -11,6 +11,7 @@ from scripts.compare_table import Interval, Row
 from scripts.figures import FROZEN_COLOR, PALETTE, STYLE, to_png
 
 _MARKERS = "os^Dv"
+_ACROSS = 3
 _LABEL_SIZE = 7.5
 # Height of a label, as a share of the axes' height.
 _LABEL_HEIGHT = 0.042
@@ -20,12 +21,17 @@ def draw(rows: Sequence[Row], split: str) -> bytes:
     """A PNG with a panel a measure: mean and 95% interval of each method, trained parameters on a logarithmic axis.
 
     A method without the measure is left out of its panel; the frozen model is a horizontal line. A measure that is the same
-    for all tells nothing and has no panel.
+    for all tells nothing and has no panel. Three panels lie side by side.
     """
     with matplotlib.rc_context(STYLE):
         names = [name for name in rows[0].quality if _differs(rows, name)] or list(rows[0].quality)
-        figure = Figure(figsize=(5.6 * len(names), 4.6), layout="constrained")
-        for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        across = min(_ACROSS, len(names))
+        lines = -(-len(names) // across)
+        figure = Figure(figsize=(5.6 * across, 4.6 * lines), layout="constrained")
+        grid = figure.subplots(lines, across, squeeze=False)
+        for axes in grid.flat[len(names) :]:
+            axes.remove()
+        for axes, name in zip(grid.flat, names, strict=False):
             _panel(axes, rows, name)
             title = f"{split} loss (nats a target token)" if name == "loss" else name
             axes.set(title=title.replace("_", " "), xlabel="trained parameters")

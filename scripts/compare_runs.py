@@ -19,7 +19,7 @@ from typing import Any
 from scripts.run_results import SUMMARY_FILE
 from sira_jax import json_text
 from sira_jax.errors import CheckpointError, ConfigError, DataError
-from sira_jax.files import read_bytes, write_text
+from sira_jax.files import naming, read_bytes, write_text
 from sira_jax.training import loop
 from sira_jax.training.config import ExperimentConfig, make_experiment
 from sira_jax.training.resumable import check_resumable
@@ -190,7 +190,7 @@ class Runner:
             environment["JAX_COMPILATION_CACHE_DIR"] = str(self._cache.resolve())
             environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
         self._check_stopped()
-        with log.open("a") as file:
+        with naming(log), log.open("a") as file:
             command = [sys.executable, str(SCRIPTS / script), *arguments]
             file.write(f"$ {' '.join(command)}\n")
             file.flush()

@@ -31,6 +31,7 @@ from scripts.table_cells import (
     MEAN,
     Grid,
     Trial,
+    check_alike,
     find_trials,
     label_of,
     loss_by,
@@ -77,6 +78,7 @@ def main(argv: list[str]) -> None:
     for name in METHOD_NAMES.value:
         known = (FROZEN, *METHODS)
         check(name in known, "--methods", name, f"some of {', '.join(known)}")
+    check(AGAINST.value in METHODS, "--against", AGAINST.value, f"one of {', '.join(METHODS)}")
     trials = _sorted(find_trials(RUNS.value), METHOD_NAMES.value)
     title = TITLE.value or f"Results: {KIND.value}"
     path = write_tables(trials, KIND.value, Path(OUT.value), title, AGAINST.value, VARY.value)
@@ -212,16 +214,22 @@ def _ablations(trials: Sequence[Trial], vary: Sequence[str]) -> list[_Made]:
     from scripts import table_figures
 
     made: list[_Made] = []
+    known = {*VARIED, *(field for trial in trials for field in _fields(trial))}
     for field in vary:
+        check(field in known, "--vary", field, f"some of {', '.join(sorted(known))}")
         series: dict[tuple, list[Trial]] = {}
         for trial in trials:
             if trial.method != FROZEN and (key := _without(trial, field)) is not None:
                 series.setdefault(key, []).append(trial)
         for place, members in enumerate(series.values()):
-            values = {_row_label(trial, field): _value(trial, field) for trial in members}
+            ordered = sorted(members, key=lambda trial: _sort_key(_value(trial, field)))
+            values = {_row_label(trial, field): _value(trial, field) for trial in ordered}
             if len(values) < 2:
                 continue
-            ordered = sorted(members, key=lambda trial: _sort_key(_value(trial, field)))
+            apart = (field, *(f"adapter.{name}" for name in FOLLOWERS.get(field, ())))
+            for trial in ordered[1:]:
+                where = f"{ordered[0].directory} and {trial.directory}, both {trial.method}"
+                check_alike(ordered[0], trial, where, apart)
             tasks = members[0].experiment.data.tasks
             base = [t for t in trials if t.method == FROZEN and t.experiment.data.tasks == tasks]
             name = f"{members[0].method}: {field.rpartition('.')[2]} on {label_of(tasks)}"

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from tasks.vocabularies import Vocabulary
+
 Batch = Mapping[str, Any]
 KINDS = ("number", "punctuation", "space", "Latin letters", "other letters", "other")
 # Names of tokens, segments and labels in a batch, for each stack that a model may have.
@@ -116,3 +118,13 @@ def kind_of(text: str) -> str:
 def kinds_of(texts: Sequence[str]) -> np.ndarray:
     """The place in KINDS of each token id, whose texts these are."""
     return np.array([KINDS.index(kind_of(text)) for text in texts], np.int32)
+
+
+def kinds_in(vocabulary: Vocabulary) -> np.ndarray:
+    """The place in KINDS of each token id of a vocabulary.
+
+    A part of a character has no kind, whatever letters its piece is written with.
+    """
+    ids = range(vocabulary.vocab_size)
+    is_part = ["\ufffd" in vocabulary.decode([i]) for i in ids]
+    return kinds_of(["" if is_part[i] else vocabulary.id_to_text(i) for i in ids])

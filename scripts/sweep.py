@@ -32,7 +32,7 @@ from scripts.sweep_plan import Sweep, SweepRun, check_runs, load_sweep, read_swe
 from scripts.sweep_queue import STATES, Status, status_of, work
 from scripts.sweep_table import write_results
 from sira_jax.errors import ConfigError, check
-from sira_jax.files import write_text
+from sira_jax.files import naming, write_text
 
 SWEEP = flags.DEFINE_string(
     "sweep", None, "FILE or FILE:ARGUMENT with get_sweep; default: the sweep that --workdir has."
@@ -57,6 +57,12 @@ JOB_NAME = flags.DEFINE_string("job_name", "sweep", "Name of the job.")
 SBATCH = flags.DEFINE_multi_string("sbatch", [], "Option of sbatch, OPTION=VALUE; repeatable.")
 IMAGE = flags.DEFINE_string("image", None, "Container image, for --jobs=gke.")
 CLAIM = flags.DEFINE_string("claim", None, "PersistentVolumeClaim of --workdir, for --jobs=gke.")
+LIMIT = flags.DEFINE_multi_string(
+    "limit", [], "What each run gets, for --jobs=gke, such as nvidia.com/gpu=1; repeatable."
+)
+NODE = flags.DEFINE_multi_string(
+    "node", [], "Label of the nodes, LABEL=VALUE, for --jobs=gke; repeatable."
+)
 # Given by the script to the processes it starts.
 QUEUE = flags.DEFINE_string("queue", None, "Name of the call that this process works for.")
 
@@ -70,19 +76,19 @@ def main(argv: list[str]) -> int:
         raise ConfigError("--workdir=DIR is needed")
     workdir = Path(WORKDIR.value)
     if QUEUE.value:
-        return _work(_chosen(load_sweep(workdir)), workdir, QUEUE.value)
+        sweep = load_sweep(workdir)
+        return _work(_chosen(sweep), sweep, workdir, QUEUE.value)
     sweep = _read_sweep(workdir)
     runs = _chosen(sweep)
     if DRY_RUN.value or STATUS.value:
         print(format_status(sweep, runs))
         return 0
     if JOBS.value:
-        save_sweep(workdir, sweep)
-        _write_jobs(runs, workdir)
+        _write_jobs(runs, sweep, workdir)
         return 0
     check_runs(runs)
     save_sweep(workdir, sweep)
-    status = run_queue(runs, workdir, WORKERS.value)
+    status = run_queue(runs, sweep, workdir, WORKERS.value)
     print(f"{format_counts(runs)}; table: {write_results(workdir, sweep.runs)}")
     if CHOOSE.value and status == 0:
         print(f"best settings: {choose(workdir, sweep.runs, CHOOSE.value)}")
@@ -104,13 +110,13 @@ def _read_sweep(workdir: Path) -> Sweep:
     return read_sweep(SWEEP.value, workdir, common, chosen)
 
 
-def run_queue(runs: Sequence[SweepRun], workdir: Path, workers: int) -> int:
-    """Works on the runs with so many processes; the exit status."""
+def run_queue(runs: Sequence[SweepRun], sweep: Sweep, workdir: Path, workers: int) -> int:
+    """Works on the runs, those of --only, with so many processes; the exit status."""
     queue = uuid.uuid4().hex
     if workers == 1:
-        return _work(runs, workdir, queue)
+        return _work(runs, sweep, workdir, queue)
     command = [sys.executable, __file__, f"--workdir={workdir}", f"--queue={queue}"]
-    command.append(f"--only={','.join(run.name for run in runs)}")
+    command.append(f"--only={','.join(ONLY.value)}")
     # In groups of their own: Ctrl-C then reaches them once, through this process.
     started = [subprocess.Popen(command, process_group=0) for _ in range(workers)]
 
@@ -129,9 +135,9 @@ def run_queue(runs: Sequence[SweepRun], workdir: Path, workers: int) -> int:
     return wrong[0] if wrong else _status(runs)
 
 
-def _work(runs: Sequence[SweepRun], workdir: Path, queue: str) -> int:
+def _work(runs: Sequence[SweepRun], sweep: Sweep, workdir: Path, queue: str) -> int:
     try:
-        work(runs, workdir, queue)
+        work(runs, workdir, queue, lambda: write_results(workdir, sweep.runs))
     except Stopped:
         return STOPPED
     return _status(runs)
@@ -151,7 +157,7 @@ def _chosen(sweep: Sweep) -> list[SweepRun]:
     return list(chosen.values() if ONLY.value else known.values())
 
 
-def _write_jobs(runs: Sequence[SweepRun], workdir: Path) -> None:
+def _write_jobs(runs: Sequence[SweepRun], sweep: Sweep, workdir: Path) -> None:
     left = [run.name for run in runs if not run.is_done()]
     if not left:
         print("every run is done")
@@ -160,9 +166,12 @@ def _write_jobs(runs: Sequence[SweepRun], workdir: Path) -> None:
     if JOBS.value == "slurm":
         files, start = sweep_jobs.slurm(*common, SBATCH.value), "sbatch"
     else:
-        files, start = sweep_jobs.gke(*common, IMAGE.value, CLAIM.value), "kubectl create -f"
+        wanted = (IMAGE.value, CLAIM.value, LIMIT.value, NODE.value)
+        files, start = sweep_jobs.gke(*common, *wanted), "kubectl create -f"
+    save_sweep(workdir, sweep)
     out = Path(JOBS_OUT.value or workdir)
-    out.mkdir(parents=True, exist_ok=True)
+    with naming(out):
+        out.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         write_text(out / name, text)
         print(f"{start} {out / name}   starts {len(left)} runs, {WORKERS.value} at once")
@@ -171,7 +180,9 @@ def _write_jobs(runs: Sequence[SweepRun], workdir: Path) -> None:
 def format_status(sweep: Sweep, runs: Sequence[SweepRun]) -> str:
     """A line a run, and how many are in which state."""
     lines = [_format(run, status_of(run)) for run in runs]
-    lines += [f"left out: {name} is the same run as {kept}" for name, kept in sweep.same.items()]
+    for name, kept in sweep.same.items():
+        again = "was given again" if name == kept else f"is the same run as {kept}"
+        lines.append(f"left out: {name} {again}")
     return "\n".join([*lines, format_counts(runs)])
 
 

@@ -33,6 +33,8 @@ def slurm(
       parallel: runs at once.
       options: further options of sbatch, such as "partition=gpu".
     """
+    fine = re.fullmatch(r"[\w.+-]+", name)
+    check(fine, "--job_name", name, "letters, digits and . _ + -")
     for option in options:
         fine = re.fullmatch(r"[a-z][a-z-]*(=[\w.,:/@%+\[\]&|*()=-]+)?", option)
         check(
@@ -73,6 +75,8 @@ def gke(
     parallel: int,
     image: str | None,
     claim: str | None,
+    limits: Sequence[str] = (),
+    nodes: Sequence[str] = (),
 ) -> dict[str, str]:
     """The manifest, by its file's name; `kubectl create -f job.json` starts it.
 
@@ -80,9 +84,11 @@ def gke(
       runs, workdir, name, parallel: see `slurm`; the claim's volume is mounted at `workdir`.
       image: container image with the repository in its working directory.
       claim: PersistentVolumeClaim that holds the sweep's directory.
+      limits: what a container gets, such as "nvidia.com/gpu=1".
+      nodes: labels of the nodes, such as "cloud.google.com/gke-tpu-topology=2x2".
 
     Raises:
-      ConfigError: a name is not one of Kubernetes', or the image or the claim is missing.
+      ConfigError: a name is not one of Kubernetes', a pair is none, or the image or the claim is missing.
     """
     if not image or not claim:
         raise ConfigError("--jobs=gke needs --image=IMAGE and --claim=PERSISTENTVOLUMECLAIM")
@@ -100,12 +106,16 @@ def gke(
         "command": ["bash", "-c", command.replace("$", "$$")],
         "volumeMounts": [{"name": "sweep", "mountPath": str(workdir)}],
     }
-    pod = {
+    if limits:
+        container["resources"] = {"limits": _pairs("--limit", limits)}
+    pod: dict[str, Any] = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": GRACE_SECONDS,
         "containers": [container],
         "volumes": [{"name": "sweep", "persistentVolumeClaim": {"claimName": claim}}],
     }
+    if nodes:
+        pod["nodeSelector"] = _pairs("--node", nodes)
     manifest = {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -119,3 +129,10 @@ def gke(
         },
     }
     return {"job.json": json.dumps(manifest, indent=1) + "\n"}
+
+
+def _pairs(flag: str, items: Sequence[str]) -> dict[str, str]:
+    for item in items:
+        fine = re.fullmatch(r"[A-Za-z0-9][\w./-]*=[A-Za-z0-9][\w.-]*", item)
+        check(fine, flag, item, "NAME=VALUE as Kubernetes has them, such as nvidia.com/gpu=1")
+    return dict(item.split("=", 1) for item in items)

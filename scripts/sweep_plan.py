@@ -11,20 +11,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from scripts import assemble
 from scripts.compare_runs import RunSpec, read_json
 from sira_jax.errors import ConfigError, DataError, SiraError
-from sira_jax.files import write_text
+from sira_jax.files import naming, write_text
 from sira_jax.training.config import ExperimentConfig, make_experiment
+from sira_jax.training.loop import CHECKPOINTS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PLAN_FILE = "sweep.json"
 # Keys of a run that are no field of the experiment.
 CONFIG_KEY, NAME_KEY = "config", "name"
-_LONGEST_PART = 200  # directories may have 255 bytes
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
+_LONGEST_PART = 200  # characters; file systems take 255 bytes, and files beside have longer names
+# What the sweep's directory has itself, and the directory in which no run is looked for.
+_TAKEN = (PLAN_FILE, "results.csv", "results.lock", "chosen.json", "compilation_cache", CHECKPOINTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +53,10 @@ class SweepRun(RunSpec):
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """The runs of a sweep in their order, and the names that were left out -> the run that is the same."""
+    """The runs of a sweep in their order, and the names that were left out -> the run that is the same.
+
+    A run that was given again with its name is left out under it.
+    """
 
     source: str
     runs: tuple[SweepRun, ...]
@@ -79,18 +86,21 @@ def read_sweep(
     if not callable(get_sweep):
         raise ConfigError(f"--sweep={source}: needs a function get_sweep that returns the runs")
     entries = _call(get_sweep, [argument] if colon else [], f"--sweep={source}", path)
-    if isinstance(entries, str | Mapping) or not isinstance(entries, Iterable):
+    if not isinstance(entries, list):
         raise ConfigError(f"--sweep={source}: get_sweep must return a list of dictionaries")
     runs: list[SweepRun] = []
     same: dict[str, str] = {}
     known: dict[str, str] = {}
+    keys: dict[str, str] = {}
     for number, entry in enumerate(entries):
         what = f"--sweep={source}, run {number}"
         run = _make_run(entry, module.get("CONFIG"), workdir, what, common or {}, chosen or {})
-        if run.label in {r.label for r in runs} | set(same):
-            raise ConfigError(f"--sweep={source}: the name {run.label!r} is given to two runs")
         key = _identity(run.experiment)
-        if key in known:
+        if keys.setdefault(run.label, key) != key:
+            raise ConfigError(f"--sweep={source}: the name {run.label!r} is given to two runs")
+        if known.get(key) == run.label:
+            same[run.label] = run.label  # As when a random search draws a run again.
+        elif key in known:
             same[run.label] = known[key]
         else:
             known[key] = run.label
@@ -131,7 +141,11 @@ def save_sweep(workdir: Path, sweep: Sweep) -> None:
         }
         for run in sweep.runs
     ]
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        with naming(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(f"--workdir={workdir}: is not a directory, or lies in none") from None
     plan = {"sweep": sweep.source, "runs": runs, "same": dict(sweep.same)}
     write_text(workdir / PLAN_FILE, json.dumps(plan, indent=1))
 
@@ -181,16 +195,21 @@ def _identity(experiment: ExperimentConfig) -> str:
     return json.dumps(fields, sort_keys=True)
 
 
-def _load(path: str, flag: str) -> dict[str, Any]:
-    """The names that a Python file defines; a relative path is of the working directory, else of the repository."""
+def _find(path: str) -> Path:
+    """A relative path is of the working directory, else of the repository."""
     # os.path says False where pathlib raises: for names that no file can have.
-    found = Path(path) if os.path.isfile(path) else REPOSITORY / path
+    return Path(path) if os.path.isfile(path) else REPOSITORY / path
+
+
+def _load(path: str, flag: str) -> dict[str, Any]:
+    """The names that a Python file defines."""
+    found = _find(path)
     if not os.path.isfile(found):
         raise ConfigError(f"{flag}={path}: no such file")
     try:
         return runpy.run_path(str(found))
-    except Exception as error:  # the file is a program, and may raise anything
-        raise ConfigError(_located(f"{flag}={path}", str(found), error)) from None
+    except (Exception, SystemExit) as error:  # the file is a program, and may raise anything
+        raise ConfigError(_located(f"{flag}={path}", path, error)) from None
 
 
 def _call(function: Any, arguments: Sequence[Any], what: str, path: str) -> Any:
@@ -200,19 +219,20 @@ def _call(function: Any, arguments: Sequence[Any], what: str, path: str) -> Any:
         raise ConfigError(f"{what}: {function.__name__} does not take this: {error}") from None
     try:
         result = function(*arguments)
-        return list(result) if inspect.isgenerator(result) else result
+        if isinstance(result, str | Mapping | ConfigDict) or not isinstance(result, Iterable):
+            return result
+        return list(result)  # A generator is part of the program.
     except ConfigError as error:
         raise ConfigError(f"{what}: {error}") from None
-    except Exception as error:  # the file is a program, and may raise anything
+    except (Exception, SystemExit) as error:  # the file is a program, and may raise anything
         raise ConfigError(_located(what, path, error)) from None
 
 
-def _located(what: str, path: str, error: Exception) -> str:
+def _located(what: str, path: str, error: BaseException) -> str:
     """The message of an error in a file, with its line there."""
-    lines = [
-        f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename.endswith(path)
-    ]
-    if isinstance(error, SyntaxError):
+    found = str(_find(path))
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == found]
+    if isinstance(error, SyntaxError) and error.filename == found:
         lines = [error.lineno]
     where = f", line {lines[-1]}" if lines else ""
     return f"{what}{where}: {type(error).__name__}: {error}"
@@ -228,7 +248,8 @@ def _make_run(
 ) -> SweepRun:
     if not isinstance(entry, Mapping) or not all(isinstance(key, str) for key in entry):
         raise ConfigError(f"{what}: {entry!r} is not allowed: a dictionary of dotted fields")
-    overrides = dict(entry)
+    # As JSON has it: what is read back later is the same.
+    overrides = {field: _plain(value, f"{what}: {field}") for field, value in entry.items()}
     config = overrides.pop(CONFIG_KEY, default)
     if not isinstance(config, str):
         raise ConfigError(f"{what}: has no {CONFIG_KEY!r}, and the file has no CONFIG")
@@ -239,14 +260,28 @@ def _make_run(
     if not callable(get_config):
         raise ConfigError(f"{what}: {CONFIG_KEY}={config}: needs a function get_config")
     filled = _call(get_config, [argument] if colon else [], f"{what}: {CONFIG_KEY}={config}", path)
-    overrides = {**chosen.get(filled.adapter.get("method"), {}), **overrides, **common}
+    if not isinstance(filled, ConfigDict):
+        raise ConfigError(f"{what}: {CONFIG_KEY}={config}: get_config must return a ConfigDict")
+    settings = chosen.get(filled.get("adapter", {}).get("method"), {})
+    overrides = {**settings, **overrides, **json.loads(json.dumps(common))}
     _override(filled, overrides, what)
-    # As JSON has it: what is read back later is the same.
-    overrides = json.loads(json.dumps(overrides))
     try:
         return _spec(name, config, overrides, filled.to_dict(), workdir)
     except ConfigError as error:
         raise ConfigError(f"{what} ({name}): {error}") from None
+
+
+def _plain(value: Any, field: str) -> Any:
+    def of_numpy(x: Any) -> Any:
+        if isinstance(x, np.generic | np.ndarray):
+            return x.tolist()
+        raise TypeError
+
+    try:
+        return json.loads(json.dumps(value, default=of_numpy))
+    except (TypeError, ValueError):
+        allowed = "a number, a text, true or false, None, or a list or dictionary of them"
+        raise ConfigError(f"{field}={value!r} is not allowed: {allowed}") from None
 
 
 def _check_name(name: Any, what: str) -> None:
@@ -263,6 +298,8 @@ def _check_name(name: Any, what: str) -> None:
             f"{what}: the name {longest[:40]}... has {len(longest)} characters: at most"
             f" {_LONGEST_PART}; {NAME_KEY!r} gives the run another"
         )
+    if parts[0] in _TAKEN or CHECKPOINTS in parts:
+        raise ConfigError(f"{what}: {NAME_KEY}={name!r} is not allowed: the sweep's own files")
 
 
 def _override(config: ConfigDict, overrides: Mapping[str, Any], what: str) -> None:
@@ -271,6 +308,8 @@ def _override(config: ConfigDict, overrides: Mapping[str, Any], what: str) -> No
         holder: Any = config
         for section in sections:
             holder = holder.get(section) if isinstance(holder, ConfigDict) else None
+        if not sections and isinstance(config.get(last), ConfigDict):
+            raise ConfigError(f"{what}: {field}={value!r}: is a section, write {field}.FIELD")
         if not isinstance(holder, ConfigDict) or last not in holder or not sections:
             fields = ", ".join(holder) if isinstance(holder, ConfigDict) else ", ".join(config)
             raise ConfigError(f"{what}: {field}={value!r}: no such field; there are {fields}")

@@ -10,12 +10,13 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from scripts.compare_runs import LOG_FILE, Runner, duration
 from scripts.sweep_plan import SweepRun
+from sira_jax.files import naming
 
 LOCK_FILE = "lock"
 ATTEMPTS_FILE = "attempts.jsonl"
@@ -55,13 +56,19 @@ def status_of(run: SweepRun) -> Status:
     return Status(state, reason if state == "failed" else "", attempts, seconds)
 
 
-def work(runs: Sequence[SweepRun], workdir: Path, queue: str) -> None:
+def work(
+    runs: Sequence[SweepRun],
+    workdir: Path,
+    queue: str,
+    after_each: Callable[[], object] = lambda: None,
+) -> None:
     """Does what is not done, in order, but for what other processes work on; a run is begun once by each `queue`.
 
     Args:
       runs: of the sweep in `workdir`.
       workdir: the sweep's directory.
       queue: a name that the workers of one call of the script share, so that none repeats a failure of another.
+      after_each: called when a run is done or has failed, so that what is written of them is there while others run.
 
     Raises:
       compare_runs.Stopped: a signal came; the run under way has saved.
@@ -82,6 +89,7 @@ def work(runs: Sequence[SweepRun], workdir: Path, queue: str) -> None:
                 print(f"{head}: log in {run.directory / LOG_FILE}", flush=True)
                 runner.keep_open = (lock,)
                 reason, seconds = _attempt(runner, run, queue)
+            after_each()
             spent.append(seconds)
             left = sum(not r.is_done() for r in runs[place:]) * sum(spent) / len(spent)
             state = f"FAILED ({reason})" if reason else "done"
@@ -108,8 +116,9 @@ def _attempt(runner: Runner, run: SweepRun, queue: str) -> tuple[str | None, flo
 @contextlib.contextmanager
 def _locked(run: SweepRun) -> Iterator[int | None]:
     """Holds the run's lock and gives its file descriptor; None where another process holds it."""
-    run.directory.mkdir(parents=True, exist_ok=True)
-    lock = os.open(run.directory / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    with naming(run.directory):
+        run.directory.mkdir(parents=True, exist_ok=True)
+        lock = os.open(run.directory / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         yield lock if _try_lock(lock, fcntl.LOCK_EX) else None
     finally:
@@ -139,7 +148,8 @@ def _is_locked(run: SweepRun) -> bool:
 
 
 def _add_event(run: SweepRun, event: dict[str, Any]) -> None:
-    with (run.directory / ATTEMPTS_FILE).open("a") as file:
+    path = run.directory / ATTEMPTS_FILE
+    with naming(path), path.open("a") as file:
         file.write(json.dumps(event) + "\n")
 
 

@@ -1,6 +1,7 @@
 """What a sweep's runs gave, a line a run: results.csv."""
 
 import csv
+import fcntl
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,21 +10,28 @@ from typing import Any
 from scripts.compare_runs import SUMMARY_FILE, read_json
 from scripts.sweep_plan import SweepRun
 from scripts.sweep_queue import Status, status_of
-from sira_jax.files import write_text
+from sira_jax.files import naming, write_text
 
 RESULTS_FILE = "results.csv"
+LOCK_FILE = "results.lock"
 _SUMMARY = ("trained_parameters", "base_parameters", "steps", "tokens", "seconds_per_step")
 
 
 def write_results(workdir: Path, runs: Sequence[SweepRun]) -> Path:
     """Writes results.csv; what a run has not is an empty cell, and `state` and `reason` say why."""
+    # One after another: what was read first must not replace what was read later.
+    with naming(workdir / LOCK_FILE), (workdir / LOCK_FILE).open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _write(workdir / RESULTS_FILE, runs)
+
+
+def _write(path: Path, runs: Sequence[SweepRun]) -> Path:
     lines = [_line(run, status_of(run)) for run in runs]
     header = dict.fromkeys(name for line in lines for name in line)
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(header), restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
-    path = workdir / RESULTS_FILE
     write_text(path, buffer.getvalue())
     return path
 

@@ -28,6 +28,7 @@ from sira_jax.training import loop
 from sira_jax.training.config import ExperimentConfig, make_experiment
 
 MEAN = "mean"
+LACKING = "has no finite value of it"
 FROZEN = "none"
 # What does not change a result, or is the seed: the runs of a cell may differ in these.
 _FREE = {
@@ -70,7 +71,8 @@ def find_trials(roots: Iterable[str | Path]) -> list[Trial]:
         before = len(trials)
         for path in sorted(root.rglob(loop.CONFIG_FILE)) + sorted(root.rglob("evaluation_*.json")):
             directory = path.parent
-            if loop.CHECKPOINTS in directory.parts or directory in trials:
+            inside = directory.relative_to(root).parts
+            if loop.CHECKPOINTS in inside or directory in trials:
                 continue
             if (experiment := _read_experiment(path)) is not None:
                 trials[directory] = _read_trial(directory, experiment)
@@ -99,9 +101,20 @@ def _read_trial(directory: Path, experiment: ExperimentConfig) -> Trial:
     spec = RunSpec("", experiment.train.seed, directory, experiment)
     reason = spec.failure()
     if reason is not None:
-        reason = reason if reason != "was not run yet" else "is not finished"
+        if reason == "was not run yet":
+            reason = _why_unfinished(spec)
         return Trial(directory, experiment, None, reason)
     return Trial(directory, experiment, read_run("run", directory, experiment.evaluate.split))
+
+
+def _why_unfinished(spec: RunSpec) -> str:
+    if not spec.evaluation_file.exists():
+        return "is not finished"
+    if read_json(spec.evaluation_file) is None:
+        return f"{spec.evaluation_file.name} is damaged"
+    if spec.experiment.adapter is not None and not spec.is_trained():
+        return "its training is not finished"
+    return f"{spec.evaluation_file.name} is of another experiment"
 
 
 def _planned(root: Path) -> list[tuple[Path, ExperimentConfig]]:
@@ -208,7 +221,7 @@ def score_by(kind: str) -> Measure:
         if run.evaluation is None:
             return {}
         found = {name: _score(run, tasks) for name, tasks in _cut(kind, run.tasks).items()}
-        return {name: value for name, value in found.items() if value is not None}
+        return {n: v for n, v in found.items() if v is not None and math.isfinite(v)}
 
     return measure
 
@@ -301,7 +314,7 @@ def make_grid(
                 if trial.run is None:
                     missing[trial.seed] = trial.reason
                 elif key not in values[trial.directory]:
-                    missing[trial.seed] = "has no such score"
+                    missing[trial.seed] = LACKING
                 else:
                     found[trial.seed] = values[trial.directory][key]
         made = {column: Cell(found, missing) for column, (found, missing, _) in cells.items()}
@@ -315,12 +328,17 @@ def _check_same(row: str, column: str, trial: Trial, there: Sequence[Trial]) -> 
         where = f"{other.directory} and {trial.directory}, both {row} on {column}"
         if other.seed == trial.seed:
             raise DataError(f"{where}, have the same seed {trial.seed}: leave one out of --runs")
-        a, b = _fixed_fields(other.experiment), _fixed_fields(trial.experiment)
-        differing = [name for name in a if a[name] != b[name]]
-        if differing:
-            name = differing[0]
+        check_alike(other, trial, where)
+
+
+def check_alike(a: Trial, b: Trial, where: str, apart: Sequence[str] = ()) -> None:
+    """Raises DataError, which begins with `where`, if two runs differ in more than the seed and the fields `apart`."""
+    of_a, of_b = _fixed_fields(a.experiment), _fixed_fields(b.experiment)
+    for name in of_a:
+        if name not in apart and of_a[name] != of_b.get(name):
+            more = " and ".join([*apart, "the seed"])
             raise DataError(
-                f"{where}, differ in more than the seed: {name}={a[name]!r} and {b[name]!r}"
+                f"{where}, differ in more than {more}: {name}={of_a[name]!r} and {of_b.get(name)!r}"
             )
 
 

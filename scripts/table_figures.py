@@ -13,7 +13,8 @@ from scripts.figures import FROZEN_COLOR, PALETTE, STYLE, to_png
 from scripts.table_cells import Grid, Row, show_value
 
 _MARKERS = "osD^vPX"
-_MAX_PANELS = 6
+_LINES = ("-", "--", ":", "-.")
+_MAX_PANELS, _ACROSS = 12, 3
 
 
 def curves(grid: Grid) -> bytes | None:
@@ -35,41 +36,54 @@ def curves(grid: Grid) -> bytes | None:
     shown = list(panels.items())[:_MAX_PANELS]
     if not shown:
         return None
-    colors = _colors([row for row in grid.rows if not row.frozen])
+    looks = _looks([row for row in grid.rows if not row.frozen])
     with matplotlib.rc_context(STYLE):
-        columns = min(3, len(shown))
+        columns = min(_ACROSS, len(shown))
         lines = -(-len(shown) // columns)
-        figure = Figure(figsize=(4.6 * columns, 3.4 * lines + 0.5), layout="constrained")
+        names = {label for _, by_row in shown for label in by_row}
+        across = min(5, 2 * columns)
+        height = 3.4 * lines + 0.3 + 0.22 * -(-len(names) // across)
+        figure = Figure(figsize=(4.6 * columns, height), layout="constrained")
         axes_grid = figure.subplots(lines, columns, squeeze=False)
         for axes, (title, by_row) in zip(axes_grid.flat, shown, strict=False):
             for label, runs in by_row.items():
-                _band(axes, runs, colors[label], label)
+                _band(axes, runs, *looks[label], label)
             axes.set(title=title, xlabel="optimizer step")
             axes.set_ylabel(f"{name.replace('/', ' ')} (nats a target token)")
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         for axes in axes_grid.flat[len(shown) :]:
             axes.remove()
         handles = {line.get_label(): line for axes in axes_grid.flat for line in axes.lines}
-        figure.legend(handles=[*handles.values()], loc="outside lower center", ncols=5)
+        figure.legend(handles=[*handles.values()], loc="outside lower center", ncols=across)
         return to_png(figure)
 
 
 def _band(
-    axes: Axes, runs: Sequence[tuple[list[int], list[float]]], color: str, label: str
+    axes: Axes,
+    runs: Sequence[tuple[list[int], list[float]]],
+    color: str,
+    linestyle: str,
+    label: str,
 ) -> None:
     """The mean at the steps that all runs have."""
     by_run = [dict(zip(*points, strict=True)) for points in runs]
     steps = sorted(set.intersection(*map(set, by_run)))
     values = [[points[step] for points in by_run] for step in steps]
-    axes.plot(steps, [sum(v) / len(v) for v in values], color=color, label=label)
+    means = [sum(v) / len(v) for v in values]
+    axes.plot(steps, means, color=color, linestyle=linestyle, label=label)
     if len(by_run) > 1:
         axes.fill_between(
             steps, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15
         )
 
 
-def _colors(rows: Sequence[Row]) -> dict[str, str]:
-    return {row.label: PALETTE[i % len(PALETTE)] for i, row in enumerate(rows)}
+def _looks(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
+    """Color and line of each row: where the colors begin again, the line is another."""
+    count = len(PALETTE)
+    return {
+        row.label: (PALETTE[i % count], _LINES[i // count % len(_LINES)])
+        for i, row in enumerate(rows)
+    }
 
 
 def against_parameters(grid: Grid) -> bytes | None:
@@ -114,16 +128,23 @@ def ablation(grids: Mapping[str, Grid], field: str, values: Mapping[str, object]
         columns = [c for g in grids.values() for c in g.columns]
         columns = list(dict.fromkeys(columns))[-_MAX_PANELS:]
         ordered = list(dict.fromkeys(values.values()))
-        numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in ordered)
+        numbers = [v for v in ordered if isinstance(v, int | float) and not isinstance(v, bool)]
+        numeric = len(numbers) == len(ordered)
+        # None is a number's end, such as of a capacity: it has a place, though none on a scale.
+        connected = bool(numbers) and all(v is None or v in numbers for v in ordered)
         if numeric:
             ordered = sorted(ordered)
-        figure = Figure(figsize=(4.4 * len(columns), 3.9), layout="constrained")
+        across = min(_ACROSS, len(columns))
+        lines = -(-len(columns) // across)
+        figure = Figure(figsize=(4.4 * across, 3.9 * lines), layout="constrained")
         drawn = False
-        for axes, column in zip(
-            figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True
-        ):
+        panels = figure.subplots(lines, across, squeeze=False)
+        for axes in panels.flat[len(columns) :]:
+            axes.remove()
+        for axes, column in zip(panels.flat, columns, strict=False):
             for place, (name, grid) in enumerate(grids.items()):
-                drawn |= _line(axes, grid, column, values, ordered, numeric, place, name)
+                shape = (ordered, numeric, "-" if connected else "none")
+                drawn |= _line(axes, grid, column, values, *shape, place, name)
             axes.set(title=column, xlabel=field.rpartition(".")[2].replace("_", " "))
             axes.set_ylabel(f"{first.split} {first.unit}")
             if not numeric:
@@ -148,6 +169,7 @@ def _line(
     values: Mapping[str, object],
     ordered: Sequence[object],
     numeric: bool,
+    linestyle: str,
     place: int,
     name: str,
 ) -> bool:
@@ -172,7 +194,7 @@ def _line(
         yerr=half,
         color=PALETTE[place % len(PALETTE)],
         marker=_MARKERS[place % len(_MARKERS)],
-        linestyle="-" if numeric else "none",
+        linestyle=linestyle,
         capsize=3,
         label=name,
     )

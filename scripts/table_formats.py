@@ -9,12 +9,13 @@ from typing import Any
 
 from scripts.compare_table import Interval
 from scripts.report_tables import Cell, Table
+from scripts.table_cells import LACKING, Grid, Row
 from scripts.table_cells import Cell as Values
-from scripts.table_cells import Grid, Row
 from scripts.table_tests import Test
 
 _DIGITS = {"higher": 1, "lower": 3}
 ABSENT = "no run of it"
+_SMALLEST_P = 1e-12  # Under it, p is one less a number that is rounded to one.
 
 
 def show(value: Interval, better: str) -> str:
@@ -63,7 +64,7 @@ def _cell(row: Row, values: Values | None, grid: Grid, best: str | None, refer) 
         reasons = dict.fromkeys(values.missing.values())
         return Cell(f"– {refer(row, '; '.join(reasons) or ABSENT)}")
     text = show(found, grid.better)
-    lacking = [reason for reason in values.missing.values() if reason == "has no such score"]
+    lacking = [reason for reason in values.missing.values() if reason == LACKING]
     mean = f"{found.mean:.{_DIGITS[grid.better]}f}"
     if lacking:
         text += f" {refer(row, lacking[0])}"
@@ -101,14 +102,17 @@ def _show_test(test: Test, better: str) -> str:
     if test.difference.half is not None:
         text += f" ± {test.difference.half:.{digits}f}"
     pairs = len(test.difference.values)
-    return text + (
-        f" (n={pairs})" if test.adjusted is None else f" (n={pairs}, p={test.adjusted:.2g})"
-    )
+    if test.adjusted is None:
+        return f"{text} (n={pairs})"
+    small = test.adjusted < _SMALLEST_P
+    p = f"p<{_SMALLEST_P:g}" if small else f"p={test.adjusted:.2g}"
+    return f"{text} (n={pairs}, {p})"
 
 
 def to_latex(table: Table, caption: str) -> str:
     """A booktabs table; numbers are set in math, the best in bold, notes below."""
     lines = [
+        r"% needs \usepackage{booktabs}",
         r"\begin{table}",
         r"\centering",
         rf"\caption{{{latex(caption)}}}",
@@ -140,6 +144,11 @@ _LATEX = {
     "^": r"\textasciicircum{}",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "→": r"$\to$",
+    "≤": r"$\leq$",
+    "≥": r"$\geq$",
+    "−": "$-$",
     "±": r"$\pm$",
     "–": "--",
     "\n": " ",

@@ -6,7 +6,7 @@ A run is a dictionary from a dotted field of the experiment to its value.
 import itertools
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from sira_jax.errors import check
@@ -16,22 +16,36 @@ Run = dict[str, Any]
 Draw = Callable[[random.Random], Any]
 
 
-def grid(axes: Mapping[str, Sequence[Any]]) -> list[Run]:
+def grid(axes: Mapping[str, Iterable[Any]]) -> list[Run]:
     """Every combination of the axes' values, the last axis fastest."""
-    for name, values in axes.items():
-        listed = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
-        check(listed, f"grid: {name}", values, "a list of values")
-    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    listed = [_values(f"grid: {name}", values) for name, values in axes.items()]
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*listed)]
 
 
-def random_search(count: int, axes: Mapping[str, Sequence[Any] | Draw], seed: int = 0) -> list[Run]:
-    """`count` runs, each axis drawn from its values or by its function; the same for the same seed."""
+def _values(axis: str, values: Any) -> list[Any]:
+    # A set has no order, and the order is that of the runs.
+    ordered = isinstance(values, Iterable) and not isinstance(values, str | Mapping | Set)
+    check(ordered, axis, values, "a list of values")
+    found = list(values)
+    check(bool(found), axis, found, "at least one value")
+    return found
+
+
+def random_search(count: int, axes: Mapping[str, Iterable[Any] | Draw], seed: int = 0) -> list[Run]:
+    """`count` runs, each axis drawn from its values or by its function; the same for the same seed.
+
+    A few values can be drawn twice; a sweep does such a run once.
+    """
     check(isinstance(count, int) and count > 0, "random_search: count", count, "at least 1")
     generator = random.Random(seed)
+    listed = {
+        name: axis if callable(axis) else _values(f"random_search: {name}", axis)
+        for name, axis in axes.items()
+    }
     return [
         {
-            name: axis(generator) if callable(axis) else generator.choice(list(axis))
-            for name, axis in axes.items()
+            name: axis(generator) if callable(axis) else generator.choice(axis)
+            for name, axis in listed.items()
         }
         for _ in range(count)
     ]

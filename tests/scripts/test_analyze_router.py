@@ -2,16 +2,20 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
+import tokenizers
 
 from scripts import assemble, router_figures, router_labels
 from scripts.router_information import entropy, grouped, information, told
 from scripts.run_results import read_run
 from sira_jax.errors import ConfigError
 from sira_jax.training.train_state import init_adapter, split_params
+from tasks.vocabularies import TokenizersVocabulary
 from tests.scripts.adapter_runs import TASKS, make_runner, make_runs
+from tests.scripts.flagged import imported
 
 
 def batches():
@@ -101,6 +105,34 @@ def test_kinds_of_tokens(text, kind):
     assert router_labels.kind_of(text) == kind
 
 
+def test_parts_of_characters_have_no_kind():
+    """Byte-level pieces are written with Latin letters, whatever they are parts of."""
+    pieces = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    model = tokenizers.models.BPE({piece: i for i, piece in enumerate([*pieces, "abc"])}, [])
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<eos>"])
+    vocabulary = TokenizersVocabulary(tokenizer.to_str(), eos_id=tokenizer.token_to_id("<eos>"))
+    kinds = router_labels.kinds_in(vocabulary)
+    named = {text: router_labels.KINDS[kinds[i]] for text, i in tokenizer.get_vocab().items()}
+    # The first byte of Telugu is written as this letter.
+    assert "తె".encode()[0] == ord("à")
+    assert named["à"] == "other"
+    assert (named["a"], named["abc"], named["7"]) == ("Latin letters", "Latin letters", "number")
+    assert named["Ġ"] == "space"
+
+
+def test_the_verdict_says_when_experts_do_not_specialise():
+    real, blurred = statistics([[1, 0], [0, 1], [0.5, 0.5]]), statistics([[0.5, 0.5]] * 3)
+    with imported("analyze_router") as module:
+        verdict = module._verdict
+    assert verdict("task", told(blurred, [real], blurred)).startswith(
+        "No specialisation on the task: "
+    )
+    assert "was learned" in verdict("task", told(real, [blurred], real))
+    assert verdict("task", told(real, [blurred], blurred)).startswith("The experts specialise on")
+
+
 def test_information_is_the_drop_of_entropy():
     rng = np.random.default_rng(0)
     counts_ZE = rng.integers(0, 20, (5, 4)).astype(float)
@@ -184,6 +216,8 @@ def test_a_whole_analysis(runs, tmp_path, monkeypatch, capsys):
     arguments = ("--workdir={0}/sira", "--examples=6", "--shuffles=2", "--tokens=8")
     out = call("analyze_router", *arguments, f"--out={tmp_path}")
     assert "The expert tells" in out
+    assert re.search(r"specialis\w+ on the task", out)
+    assert "In training 10.00% of the pairs were dropped up to step 2" in out
     assert "shufflings" in out
     content = json.loads((tmp_path / "analysis.json").read_text())
     assert set(content["information"]) == {"task", "language", "kind of token", "token"}

@@ -9,9 +9,9 @@ import pytest
 
 from scripts import table_cells
 from scripts.table_cells import find_trials, make_grid, score_by, variant_labels
-from scripts.table_formats import latex, to_latex, to_table
-from scripts.table_tests import holm, p_value, paired_tests
-from sira_jax.errors import DataError
+from scripts.table_formats import to_latex, to_table
+from scripts.table_tests import p_value, paired_tests
+from sira_jax.errors import ConfigError, DataError
 from tests.scripts.adapter_runs import make_runner
 from tests.scripts.comparisons import experiment
 from tests.scripts.flagged import imported
@@ -181,6 +181,50 @@ def test_a_seed_counts_once(tmp_path, make_tables):
         make_tables._tables(find_trials([tmp_path]), "single")
 
 
+@pytest.mark.parametrize("field", ["scores", "losses"])
+def test_values_that_are_no_number_are_gaps(tmp_path, make_tables, field):
+    for seed in SEEDS:
+        make_trial(tmp_path / f"{seed}", "sira", seed, DATE)
+        make_trial(tmp_path / f"lora{seed}", "lora", seed, DATE)
+    path = tmp_path / "1" / "evaluation_test.json"
+    results = json.loads(path.read_text())
+    (name,) = DATE
+    results["scores"][name]["exact_match"] = math.nan if field == "scores" else 40.0
+    results["losses"]["test/loss"] = math.nan if field == "losses" else 1.0
+    path.write_text(json.dumps(results))
+    ((_, grids, _),) = make_tables._tables(find_trials([tmp_path]), "single")
+    grid = grids[field == "losses"]
+    (sira,) = [row for row in grid.rows if row.method == "sira"]
+    assert sorted(sira.cells[name].values) == [0, 2]
+    assert sira.cells[name].missing == {1: "has no finite value of it"}
+    assert all(len(test.difference.values) == 2 for test in paired_tests(grid, sira))
+
+
+def test_why_a_run_is_no_result(tmp_path):
+    made = {name: tmp_path / name for name in ("torn", "other", "untrained", "begun")}
+    for seed, directory in enumerate(made.values()):
+        make_trial(directory, "lora", seed, DATE)
+    results = {name: directory / "evaluation_test.json" for name, directory in made.items()}
+    results["torn"].write_text(results["torn"].read_text()[:40])
+    changed = json.loads(results["other"].read_text())
+    changed["experiment"]["evaluate"]["examples_per_task"] = 7
+    results["other"].write_text(json.dumps(changed))
+    (made["untrained"] / "summary.json").unlink()
+    results["begun"].unlink()
+    assert {t.directory.name: t.reason for t in find_trials([tmp_path])} == {
+        "torn": "evaluation_test.json is damaged",
+        "other": "evaluation_test.json is of another experiment",
+        "untrained": "its training is not finished",
+        "begun": "is not finished",
+    }
+
+
+def test_a_root_may_lie_in_a_directory_of_checkpoints(tmp_path):
+    root = tmp_path / "checkpoints" / "tables"
+    make_trial(root / "a", "lora", 0, DATE)
+    assert [trial.directory for trial in find_trials([root])] == [root / "a"]
+
+
 def test_variants_of_a_method_are_rows(tmp_path):
     for rank in (2, 4):
         make_trial(tmp_path / f"{rank}", "sira", 0, DATE, adapter={"rank": rank})
@@ -238,6 +282,48 @@ def test_ablations(tmp_path, monkeypatch, capsys, make_tables):
         make_tables._ablations(find_trials([root]), ["adapter.dropout_rate"])
 
 
+def test_the_values_of_an_ablation_ascend(tmp_path, make_tables, monkeypatch):
+    """Whatever the directories are called; None, without a limit, is last."""
+    for capacity in (10.0, 2.0, None, 0.5):
+        fields = {"capacity_factor": capacity}
+        make_trial(tmp_path / f"c{capacity}", "sira", 0, DATE, adapter=fields)
+    drawn = []
+    monkeypatch.setattr(
+        "scripts.table_figures.ablation", lambda grids, field, values: drawn.append([*values])
+    )
+    ((_, grids, _),) = make_tables._ablations(find_trials([tmp_path]), ["adapter.capacity_factor"])
+    labels = [f"capacity_factor = {value}" for value in (0.5, 2, 10, None)]
+    assert drawn == [labels, labels]
+    assert [row.label for row in grids[0].rows] == labels
+
+
+def test_an_ablations_runs_differ_in_the_field_alone(tmp_path, make_tables):
+    for rank, rate in ((2, 1e-3), (4, 1e-2)):
+        fields = {"rank": rank, "alpha": 2.0 * rank}
+        directory = tmp_path / f"{rank}"
+        make_trial(directory, "lora", 0, DATE, adapter=fields, optimizer={"learning_rate": rate})
+    with pytest.raises(
+        DataError,
+        match=r"2 and .*4, both lora, differ in more than adapter\.rank .*: optimizer\.learning_rate=",
+    ):
+        make_tables._ablations(find_trials([tmp_path]), make_tables.VARIED)
+
+
+def test_mistakes_in_names(single, tmp_path, monkeypatch, capsys):
+    with pytest.raises(ConfigError, match=r"--against='sria' is not allowed: one of .*sira"):
+        run_script(tmp_path, monkeypatch, capsys, f"--runs={single}", "--against=sria")
+    with pytest.raises(ConfigError, match=r"--vary='adapter\.rnk' is not allowed: .*adapter\.rank"):
+        run_script(
+            tmp_path,
+            monkeypatch,
+            capsys,
+            f"--runs={single}",
+            "--kind=ablations",
+            "--vary=adapter.rank,adapter.rnk",
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_paired_tests(single):
     grid = make_grid(
         "t",
@@ -262,20 +348,6 @@ def test_paired_tests(single):
     assert p_value([1.0]) is None
     assert p_value([1.0, 1.0]) is None
     assert p_value([-1.0, 1.0]) == pytest.approx(1.0)
-
-
-def test_holm():
-    assert holm([0.01, None, 0.04, 0.03]) == pytest.approx([0.03, None, 0.06, 0.06])
-    assert holm([0.5, 0.9]) == [1.0, 1.0]
-    assert holm([]) == []
-
-
-def test_latex_escapes():
-    assert latex(r"a_b & 5% ± #1 {x} ~^ \q $") == (
-        r"a\_b \& 5\% $\pm$ \#1 \{x\} \textasciitilde{}\textasciicircum{} \textbackslash{}q \$"
-    )
-    assert latex("[1] x") == "{}[1] x"
-    assert latex("-1.5 and cldr-date") == "$-$1.5 and cldr-date"
 
 
 def test_latex_rows_are_whole(single, make_tables):

@@ -1,23 +1,24 @@
 """Sweep files, the queue and its locks, results.csv and job arrays, with scripts that only write results."""
 
 import csv
+import errno
 import fcntl
 import json
 import multiprocessing
 import os
-import re
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from configs.sweeps.space import grid, log_uniform, product, random_search, uniform
-from scripts import sweep_jobs, sweep_plan, sweep_queue
+from scripts import sweep_plan, sweep_queue
 from scripts.sweep_choice import choose, read_chosen
 from scripts.sweep_plan import load_sweep, read_sweep, save_sweep
 from scripts.sweep_queue import status_of, work
 from scripts.sweep_table import write_results
-from sira_jax.errors import CheckpointError, ConfigError, DataError
+from sira_jax.errors import CheckpointError, ConfigError, DataError, StorageError
 from tests.scripts.adapter_runs import make_runner
 from tests.scripts.comparisons import use_fakes
 
@@ -26,6 +27,8 @@ from configs import base
 from configs.adapters import lora, none, sira
 
 def get_config(method="lora"):
+    if method == "nothing":
+        return None
     config = base.get_config()
     config.adapter = {"lora": lora, "none": none, "sira": sira}[method].get_config()
     config.model.path = "nowhere"
@@ -80,6 +83,9 @@ def test_spaces():
     assert {run["b"] for run in drawn} == {1, 2, 3}
     with pytest.raises(ConfigError, match=r"grid: a=5"):
         grid({"a": 5})
+    with pytest.raises(ConfigError, match=r"random_search: a=\[\]"):
+        random_search(2, {"a": []})
+    assert grid({"a": np.array([1, 2])}) == grid({"a": (x for x in (1, 2))}) == grid({"a": (1, 2)})
 
 
 def test_names_fields_and_equal_runs(sweep_file, tmp_path):
@@ -107,9 +113,39 @@ def test_names_fields_and_equal_runs(sweep_file, tmp_path):
     assert load_sweep(tmp_path) == sweep
 
 
+def test_a_run_that_is_given_again_is_done_once(sweep_file, tmp_path):
+    """As by a random search over few values."""
+    path = sweep_file("return [{'train.seed': s} for s in (0, 1, 0, 0)]")
+    sweep = read_sweep(path, tmp_path)
+    assert [run.name for run in sweep.runs] == ["sira-seed=0", "sira-seed=1"]
+    assert sweep.same == {"sira-seed=0": "sira-seed=0"}
+
+
+def test_numbers_of_numpy(sweep_file, tmp_path):
+    path = sweep_file(
+        "import numpy as np\n"
+        "    return ({'train.seed': s, 'optimizer.learning_rate': np.float32(0.5), 'data.pack': np.bool_(1)}"
+        " for s in np.arange(2))"
+    )
+    sweep = read_sweep(path, tmp_path)
+    assert [run.seed for run in sweep.runs] == [0, 1]
+    assert sweep.runs[0].name == "sira-seed=0-learning_rate=0.5-pack=True"
+    save_sweep(tmp_path, sweep)
+    assert load_sweep(tmp_path) == sweep
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
+        ("return [{'train.seed': print}]", r"run 0: train\.seed=<built-in.* is not allowed"),
+        ("return [{'data.tasks': {'a'}}]", r"run 0: data\.tasks=\{'a'\} is not allowed"),
+        ("return [{'adapter': {'rank': 2}}]", r"is a section, write adapter\.FIELD"),
+        ("return [{'name': 'a' * 201}]", r"parts of at most 200 characters"),
+        ("return [{'name': 'results.csv'}]", r"name='results\.csv' is not allowed: the sweep's"),
+        ("return [{'name': 'a/checkpoints'}]", r"name='a/checkpoints' is not allowed"),
+        ("return map(lambda x: 1 // x, (1, 0))", r"sweep\.py, line 4: ZeroDivisionError"),
+        ("raise SystemExit(0)", r"sweep\.py, line 4: SystemExit: 0"),
+        ("return [{'config': TINY + ':nothing'}]", r"get_config must return a ConfigDict"),
         ("return [{'adapter.rnk': 2}]", r"run 0: adapter\.rnk=2: no such field; there are .*rank"),
         ("return [{}, {'adapter.rank': 0}]", r"run 1 \(sira-rank=0\): adapter\.rank=0 is not"),
         ("return [{'rank': 2}]", r"rank=2: no such field; there are .*adapter"),
@@ -256,6 +292,45 @@ def test_the_best_setting_of_each_method(sweep_file, tmp_path, monkeypatch):
         read_chosen(tmp_path / "fakes" / "calls.txt")
 
 
+def test_lines_of_errors_are_found_by_any_spelling(sweep_file, tmp_path, monkeypatch):
+    sweep_file("1 / 0")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"--sweep=\./sweep\.py, line 4: ZeroDivisionError"):
+        read_sweep("./sweep.py", tmp_path)
+
+
+def test_results_are_there_while_others_run(sweep_file, tmp_path, monkeypatch):
+    use_fakes(monkeypatch, tmp_path / "fakes")
+    runs = read_sweep(four(sweep_file), tmp_path).runs
+    states = []
+
+    def after_each():
+        with write_results(tmp_path, runs).open() as file:
+            states.append([line["state"] for line in csv.DictReader(file)])
+
+    work(runs[:2], tmp_path, "q", after_each)
+    assert states == [["done", *["waiting"] * 3], ["done", "done", *["waiting"] * 2]]
+
+
+def test_a_working_directory_that_is_none(sweep_file, tmp_path):
+    sweep = read_sweep(four(sweep_file), tmp_path)
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match=r"--workdir=.*file.*: is not a directory"):
+            save_sweep(path, sweep)
+
+
+def test_a_full_disk_is_named(sweep_file, tmp_path, monkeypatch):
+    run = read_sweep(four(sweep_file), tmp_path).runs[0]
+
+    def refuse(*unused, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(StorageError, match=r"lora/seed0: cannot be written: No space left"):
+        work([run], tmp_path, "q")
+
+
 def test_results_are_one_line_a_run(sweep_file, tmp_path, monkeypatch):
     use_fakes(monkeypatch, tmp_path / "fakes", "fail evaluate sira")
     runs = read_sweep(four(sweep_file), tmp_path).runs
@@ -294,6 +369,10 @@ def test_the_script(sweep_file, tmp_path, monkeypatch, capsys):
     text = (tmp_path / "jobs" / "job.sbatch").read_text()
     assert "#SBATCH --array=0-1%1\n" in text
     assert "RUNS=(lora/seed0 sira/seed1)\n" in text
+    new = tmp_path / "new"
+    with pytest.raises(ConfigError, match="needs --image"):
+        call("sweep", f"--sweep={path}", f"--workdir={new}", "--jobs=gke")
+    assert not new.exists()
     call("sweep", workdir)
     assert "4 runs: 4 done" in call("sweep", workdir, "--status")
     assert len(calls(file)) == 8
@@ -307,68 +386,3 @@ def test_another_experiment_in_the_directory_is_refused(sweep_file, tmp_path, mo
     changed = read_sweep(sweep_file("return [{'name': 'a', 'adapter.rank': 9}]"), tmp_path).runs
     with pytest.raises(CheckpointError, match=r"a: .*adapter\.rank"):
         sweep_plan.check_runs(changed)
-
-
-def test_slurm_scripts_run_their_element(tmp_path):
-    """The batch script with a python that writes down its arguments, and an scontrol that does too."""
-    names = ["a/seed0", "b-rank=2"]
-    (text,) = sweep_jobs.slurm(names, tmp_path / "it's", "n", 2, ["partition=gpu"]).values()
-    assert "#SBATCH --partition=gpu\n" in text
-    script = tmp_path / "job.sbatch"
-    script.write_text(text)
-    for name in ("python", "scontrol"):
-        program = tmp_path / name
-        program.write_text(f'#!/bin/bash\nprintf "%s\\n" {name} "$@" >> {tmp_path}/args\nexit 3')
-        program.chmod(0o755)
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "1"}
-    assert subprocess.run(["bash", str(script)], env=env, timeout=20).returncode == 3
-    assert (tmp_path / "args").read_text().splitlines() == [
-        "python",
-        "scripts/sweep.py",
-        f"--workdir={tmp_path}/it's",
-        "--only=b-rank=2",
-    ]
-    with pytest.raises(ConfigError, match="--sbatch="):
-        sweep_jobs.slurm(names, tmp_path, "n", 2, ["gpus=1; rm -rf /"])
-
-
-def test_a_stopped_slurm_element_is_requeued(tmp_path):
-    (text,) = sweep_jobs.slurm(["a"], tmp_path, "n", 1, []).values()
-    (tmp_path / "job.sbatch").write_text(text)
-    bodies = {
-        "python": 'trap "sleep 0.2; touch saved; exit 130" TERM; touch begun; while :; do sleep 0.02; done',
-        "scontrol": '[ -e saved ] && echo "$@" > requeued',
-    }
-    for name, body in bodies.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\ncd {tmp_path}\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    env = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "SLURM_ARRAY_TASK_ID": "0",
-        "SLURM_ARRAY_JOB_ID": "12",
-    }
-    process = subprocess.Popen(["bash", str(tmp_path / "job.sbatch")], env=env)
-    while not (tmp_path / "begun").exists():
-        assert process.poll() is None
-    process.terminate()
-    process.wait(timeout=20)
-    assert (tmp_path / "requeued").read_text() == "requeue 12_0\n"
-
-
-def test_gke_manifests(tmp_path):
-    names = ["a/seed0", "b"]
-    (text,) = sweep_jobs.gke(names, Path("/mnt/s"), "sira", 2, "image:1", "claim").values()
-    spec = json.loads(text)["spec"]
-    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 2, 2)
-    (container,) = spec["template"]["spec"]["containers"]
-    assert container["volumeMounts"] == [{"name": "sweep", "mountPath": "/mnt/s"}]
-    # As Kubernetes expands it.
-    program = container["command"][2].replace("$$", "$").replace("exec python", "echo")
-    env = {"JOB_COMPLETION_INDEX": "0", "PATH": os.environ["PATH"]}
-    done = subprocess.run(["bash", "-c", program], env=env, capture_output=True, text=True)
-    assert done.stdout == "scripts/sweep.py --workdir=/mnt/s --only=a/seed0\n"
-    assert not re.search(r"(?<!\$)\$(?!\$)", container["command"][2])
-    with pytest.raises(ConfigError, match="needs --image"):
-        sweep_jobs.gke(names, Path("/mnt/s"), "sira", 2, None, "claim")
-    with pytest.raises(ConfigError, match=r"--job_name='Sira'"):
-        sweep_jobs.gke(names, Path("/mnt/s"), "Sira", 2, "image:1", "claim")
