@@ -51,11 +51,12 @@ def slurm(
         "set -u",
         f"cd -- {shlex.quote(str(REPOSITORY))} || exit 1",
         f"RUNS=({shlex.join(runs)})",
+        # Before there is a process to stop, or a signal between the two would end this script alone.
+        "STOPPED=",
+        "trap 'STOPPED=1; kill -TERM $(jobs -p)' TERM",
         f"python scripts/sweep.py --workdir={shlex.quote(str(workdir))}"
         ' --only="${RUNS[$SLURM_ARRAY_TASK_ID]}" &',
         "CHILD=$!",
-        "STOPPED=",
-        "trap 'STOPPED=1; kill -TERM \"$CHILD\"' TERM",
         'wait "$CHILD"',
         "STATUS=$?",
         # The trap ends the first wait; the second waits for the checkpoint.

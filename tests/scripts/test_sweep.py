@@ -140,7 +140,7 @@ def test_numbers_of_numpy(sweep_file, tmp_path):
         ("return [{'train.seed': print}]", r"run 0: train\.seed=<built-in.* is not allowed"),
         ("return [{'data.tasks': {'a'}}]", r"run 0: data\.tasks=\{'a'\} is not allowed"),
         ("return [{'adapter': {'rank': 2}}]", r"is a section, write adapter\.FIELD"),
-        ("return [{'name': 'a' * 201}]", r"parts of at most 200 characters"),
+        ("return [{'name': 'a' * 201}]", r"has 201 characters: at most 200"),
         ("return [{'name': 'results.csv'}]", r"name='results\.csv' is not allowed: the sweep's"),
         ("return [{'name': 'a/checkpoints'}]", r"name='a/checkpoints' is not allowed"),
         ("return map(lambda x: 1 // x, (1, 0))", r"sweep\.py, line 4: ZeroDivisionError"),
