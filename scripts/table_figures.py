@@ -150,7 +150,7 @@ def ablation(grids: Mapping[str, Grid], field: str, values: Mapping[str, object]
             if not numeric:
                 axes.set_xticks(
                     range(len(ordered)),
-                    [str(v).replace(" + ", "\n+ ") for v in ordered],
+                    [show_value(v).replace(" + ", "\n+ ") for v in ordered],
                     fontsize=7.5,
                 )
             elif min(ordered) > 0 and max(ordered) / min(ordered) >= 4:

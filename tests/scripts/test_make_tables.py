@@ -297,6 +297,17 @@ def test_the_values_of_an_ablation_ascend(tmp_path, make_tables, monkeypatch):
     assert [row.label for row in grids[0].rows] == labels
 
 
+def test_the_values_of_an_ablation_are_named_as_in_its_table(tmp_path, make_tables, monkeypatch):
+    for regularizer in (("none",), ("load_balance", "expert_dropout")):
+        fields = {"router_regularizer": regularizer}
+        make_trial(tmp_path / f"{len(regularizer)}", "sira", 0, DATE, adapter=fields)
+    figures = []
+    monkeypatch.setattr("scripts.table_figures.to_png", figures.append)
+    make_tables._ablations(find_trials([tmp_path]), ["adapter.router_regularizer"])
+    ticks = [tick.get_text() for tick in figures[0].axes[0].get_xticklabels()]
+    assert ticks == ["load_balance\n+ expert_dropout", "none"]
+
+
 def test_an_ablations_runs_differ_in_the_field_alone(tmp_path, make_tables):
     for rank, rate in ((2, 1e-3), (4, 1e-2)):
         fields = {"rank": rank, "alpha": 2.0 * rank}
