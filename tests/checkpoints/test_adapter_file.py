@@ -288,7 +288,7 @@ BAD_WEIGHTS = [
     (write(WEIGHTS, (5).to_bytes(8, "little") + b"{nope"), f"{WEIGHTS}: header: not valid JSON"),
     (write(WEIGHTS, b"\x80\x05cos\nsystem\n"), f"{WEIGHTS}: truncated or not a safetensors file"),
     (rename(WEIGHTS, "adapter_model.bin"), "adapter_model.bin, a pickle", "never opened"),
-    (rename(WEIGHTS, "weights"), f"{WEIGHTS}: cannot be opened"),
+    (rename(WEIGHTS, "weights"), f"{WEIGHTS}: no such file"),
 ]
 
 

@@ -387,7 +387,7 @@ BAD_FILES = [
     (lambda path: peft_folder(path, use_dora=True), "missing tensors", "lora_magnitude_vector"),
     (lambda path: (path / WEIGHTS).write_bytes((path / WEIGHTS).read_bytes()[:900]), "truncated"),
     (lambda path: (path / WEIGHTS).rename(path / "adapter_model.bin"), "adapter_model.bin, a pickle"),
-    (lambda path: (path / WEIGHTS).rename(path / "weights"), f"{WEIGHTS}: cannot be opened"),
+    (lambda path: (path / WEIGHTS).rename(path / "weights"), f"{WEIGHTS}: no such file"),
     (lambda path: (path / CONFIG).write_text('{"r": 2'), f"{CONFIG}: not valid JSON"),
     (lambda path: (path / CONFIG).unlink(), f"{CONFIG}: no such file"),
 ]  # fmt: skip

@@ -159,5 +159,5 @@ def test_integers_are_no_weights(tmp_path):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(ModelFileError, match=r"no\.safetensors: cannot be opened"):
+    with pytest.raises(ModelFileError, match=r"no\.safetensors: no such file"):
         SafetensorsFile(str(tmp_path / "no.safetensors"))
