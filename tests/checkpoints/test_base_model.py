@@ -402,9 +402,7 @@ def test_bad_indices(tmp_path):
         ModelFileError, match=r"'\.\./evil\.safetensors' must be the name of a file"
     ):
         load_with({**index["weight_map"], Q1: "../evil.safetensors"})
-    with pytest.raises(
-        ModelFileError, match=r"model-00003-of-00002\.safetensors: no such file"
-    ):
+    with pytest.raises(ModelFileError, match=r"model-00003-of-00002\.safetensors: no such file"):
         load_with({**index["weight_map"], Q1: "model-00003-of-00002.safetensors"})
     swapped = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
     other = (swapped - {index["weight_map"][Q1]}).pop()
