@@ -162,6 +162,21 @@ def latex(text: str) -> str:
     return f"{{}}{escaped}" if escaped.startswith("[") else escaped
 
 
+_RECORD = (
+    "table",
+    "unit",
+    "row",
+    "method",
+    "trained_share_percent",
+    "column",
+    "mean",
+    "half_95",
+    "runs",
+    "values_by_seed",
+    "missing",
+)
+
+
 def to_records(grids: Sequence[Grid]) -> list[dict[str, Any]]:
     """A record a cell: where it stands, mean, half of the interval, each seed's value, and reasons of gaps by seed.
 
@@ -173,21 +188,20 @@ def to_records(grids: Sequence[Grid]) -> list[dict[str, Any]]:
             for column in grid.columns:
                 cell = row.cells.get(column, Values({}, {-1: ABSENT}))
                 found = cell.interval
-                records.append(
-                    {
-                        "table": grid.title,
-                        "unit": grid.unit,
-                        "row": row.label,
-                        "method": row.method,
-                        "trained_share_percent": row.share,
-                        "column": column,
-                        "mean": None if found is None else found.mean,
-                        "half_95": None if found is None else found.half,
-                        "runs": len(cell.values),
-                        "values_by_seed": dict(sorted(cell.values.items())),
-                        "missing": dict(sorted(cell.missing.items())),
-                    }
+                values = (
+                    grid.title,
+                    grid.unit,
+                    row.label,
+                    row.method,
+                    row.share,
+                    column,
+                    None if found is None else found.mean,
+                    None if found is None else found.half,
+                    len(cell.values),
+                    dict(sorted(cell.values.items())),
+                    dict(sorted(cell.missing.items())),
                 )
+                records.append(dict(zip(_RECORD, values, strict=True)))
     return records
 
 
@@ -201,9 +215,8 @@ def to_csv(grids: Sequence[Grid]) -> str:
     """The records of `to_records`, a line each."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    records = to_records(grids)
-    writer.writerow(records[0])
-    for record in records:
+    writer.writerow(_RECORD)
+    for record in to_records(grids):
         values = " ".join(f"{seed}:{value!r}" for seed, value in record["values_by_seed"].items())
         missing = "; ".join(
             reason if seed < 0 else f"seed {seed}: {reason}"

@@ -1,10 +1,12 @@
 """The parts of tables: tests as they are shown, Holm's correction, LaTeX, and how rows look in a figure."""
 
+import json
+
 import pytest
 
 from scripts import table_cells, table_figures, table_tests
 from scripts.compare_table import interval
-from scripts.table_formats import _show_test, latex
+from scripts.table_formats import _show_test, latex, to_csv, to_json
 
 
 def test_rows_of_a_figure_look_different(tmp_path):
@@ -31,3 +33,11 @@ def test_latex_escapes():
     assert latex("[1] x") == "{}[1] x"
     assert latex("a|b → c ≤ −1") == r"a\textbar{}b $\to$ c $\leq$ $-$1"
     assert latex("-1.5 and cldr-date") == "$-$1.5 and cldr-date"
+
+
+def test_a_table_without_columns_has_its_header():
+    """When no run of it is finished."""
+    empty = table_cells.Grid("t", "u", "higher", "test", (), ())
+    assert to_csv([empty]).startswith("table,unit,row,method,trained_share_percent,column,mean,")
+    assert to_csv([empty]).count("\n") == 1
+    assert json.loads(to_json([empty])) == []
