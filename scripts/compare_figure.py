@@ -4,14 +4,12 @@ from collections.abc import Sequence
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from scripts.compare_table import Interval, Row
-from scripts.figures import FROZEN_COLOR, PALETTE, STYLE, to_png
+from scripts.figures import FROZEN_COLOR, PALETTE, STYLE, panels, to_png
 
 _MARKERS = "os^Dv"
-_ACROSS = 3
 _LABEL_SIZE = 7.5
 # Height of a label, as a share of the axes' height.
 _LABEL_HEIGHT = 0.042
@@ -25,13 +23,8 @@ def draw(rows: Sequence[Row], split: str) -> bytes:
     """
     with matplotlib.rc_context(STYLE):
         names = [name for name in rows[0].quality if _differs(rows, name)] or list(rows[0].quality)
-        across = min(_ACROSS, len(names))
-        lines = -(-len(names) // across)
-        figure = Figure(figsize=(5.6 * across, 4.6 * lines), layout="constrained")
-        grid = figure.subplots(lines, across, squeeze=False)
-        for axes in grid.flat[len(names) :]:
-            axes.remove()
-        for axes, name in zip(grid.flat, names, strict=False):
+        figure, places = panels(len(names), 5.6, 4.6)
+        for axes, name in zip(places, names, strict=True):
             _panel(axes, rows, name)
             title = f"{split} loss (nats a target token)" if name == "loss" else name
             axes.set(title=title.replace("_", " "), xlabel="trained parameters")

@@ -81,6 +81,17 @@ def to_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def panels(count: int, width: float, height: float, across: int = 3) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` panels of a size in inches, so many side by side."""
+    across = min(across, count)
+    lines = -(-count // across)
+    figure = Figure(figsize=(width * across, height * lines), layout="constrained")
+    grid = figure.subplots(lines, across, squeeze=False)
+    for axes in grid.flat[count:]:
+        axes.remove()
+    return figure, list(grid.flat[:count])
+
+
 def _plain(text: str) -> str:
     """Text that the built-in font has, and that is not read as a formula."""
     return text.encode("latin-1", "replace").decode("latin-1").replace("$", r"\$")

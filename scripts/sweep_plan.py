@@ -263,7 +263,7 @@ def _make_run(
     if not isinstance(filled, ConfigDict):
         raise ConfigError(f"{what}: {CONFIG_KEY}={config}: get_config must return a ConfigDict")
     settings = chosen.get(filled.get("adapter", {}).get("method"), {})
-    overrides = {**settings, **overrides, **json.loads(json.dumps(common))}
+    overrides = {**settings, **overrides, **_plain(dict(common), f"{what}: --set")}
     _override(filled, overrides, what)
     try:
         return _spec(name, config, overrides, filled.to_dict(), workdir)

@@ -5,16 +5,15 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from scripts import compare_figure, compare_table
-from scripts.figures import FROZEN_COLOR, PALETTE, STYLE, to_png
+from scripts.figures import FROZEN_COLOR, PALETTE, STYLE, panels, to_png
 from scripts.table_cells import Grid, Row, show_value
 
 _MARKERS = "osD^vPX"
 _LINES = ("-", "--", ":", "-.")
-_MAX_PANELS, _ACROSS = 12, 3
+_MAX_PANELS = 12
 
 
 def curves(grid: Grid) -> bytes | None:
@@ -22,7 +21,7 @@ def curves(grid: Grid) -> bytes | None:
 
     Validation loss where it was measured during training, else the training's.
     """
-    panels: dict[str, dict[str, list[tuple[list[int], list[float]]]]] = {}
+    by_tasks: dict[str, dict[str, list[tuple[list[int], list[float]]]]] = {}
     validated = any(
         len(t.run.curve("validation/loss")[0]) > 1 for r in grid.rows for t in r.trials if t.run
     )
@@ -32,28 +31,25 @@ def curves(grid: Grid) -> bytes | None:
             points = trial.run.curve(name) if trial.run else ([], [])
             if points[0]:
                 panel = " + ".join(trial.experiment.data.tasks)
-                panels.setdefault(panel, {}).setdefault(row.label, []).append(points)
-    shown = list(panels.items())[:_MAX_PANELS]
+                by_tasks.setdefault(panel, {}).setdefault(row.label, []).append(points)
+    shown = list(by_tasks.items())[:_MAX_PANELS]
     if not shown:
         return None
     looks = _looks([row for row in grid.rows if not row.frozen])
     with matplotlib.rc_context(STYLE):
-        columns = min(_ACROSS, len(shown))
-        lines = -(-len(shown) // columns)
         names = {label for _, by_row in shown for label in by_row}
-        across = min(5, 2 * columns)
-        height = 3.4 * lines + 0.3 + 0.22 * -(-len(names) // across)
-        figure = Figure(figsize=(4.6 * columns, height), layout="constrained")
-        axes_grid = figure.subplots(lines, columns, squeeze=False)
-        for axes, (title, by_row) in zip(axes_grid.flat, shown, strict=False):
+        across = min(5, 2 * len(shown))
+        figure, places = panels(len(shown), 4.6, 3.4)
+        # The legend below has lines of its own.
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width, height + 0.3 + 0.22 * -(-len(names) // across))
+        for axes, (title, by_row) in zip(places, shown, strict=True):
             for label, runs in by_row.items():
                 _band(axes, runs, *looks[label], label)
             axes.set(title=title, xlabel="optimizer step")
             axes.set_ylabel(f"{name.replace('/', ' ')} (nats a target token)")
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        for axes in axes_grid.flat[len(shown) :]:
-            axes.remove()
-        handles = {line.get_label(): line for axes in axes_grid.flat for line in axes.lines}
+        handles = {line.get_label(): line for axes in places for line in axes.lines}
         figure.legend(handles=[*handles.values()], loc="outside lower center", ncols=across)
         return to_png(figure)
 
@@ -134,14 +130,9 @@ def ablation(grids: Mapping[str, Grid], field: str, values: Mapping[str, object]
         connected = bool(numbers) and all(v is None or v in numbers for v in ordered)
         if numeric:
             ordered = sorted(ordered)
-        across = min(_ACROSS, len(columns))
-        lines = -(-len(columns) // across)
-        figure = Figure(figsize=(4.4 * across, 3.9 * lines), layout="constrained")
+        figure, places = panels(len(columns), 4.4, 3.9)
         drawn = False
-        panels = figure.subplots(lines, across, squeeze=False)
-        for axes in panels.flat[len(columns) :]:
-            axes.remove()
-        for axes, column in zip(panels.flat, columns, strict=False):
+        for axes, column in zip(places, columns, strict=True):
             for place, (name, grid) in enumerate(grids.items()):
                 shape = (ordered, numeric, "-" if connected else "none")
                 drawn |= _line(axes, grid, column, values, *shape, place, name)
