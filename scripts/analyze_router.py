@@ -33,7 +33,7 @@ from scripts.run_results import (
     read_run,
 )
 from sira_jax.errors import ConfigError
-from sira_jax.files import naming, write_atomically
+from sira_jax.files import make_directory, write_atomically
 from sira_jax.training.train_state import init_adapter, split_params
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
@@ -60,11 +60,7 @@ def main(argv: list[str]) -> None:
         raise ConfigError(f"--workdir={WORKDIR.value}: the frozen model has no router")
     out = Path(OUT.value or Path(WORKDIR.value) / "routers")
     sections, pngs, content = analyze(plan, WORKDIR.value, CHECKPOINT.value)
-    try:
-        with naming(out):
-            out.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ConfigError(f"--out={out}: is not a directory, or lies in none") from None
+    make_directory(out, f"--out={out}")
     title = f"Routers of {WORKDIR.value}"
     files = {
         **pngs,

@@ -32,7 +32,7 @@ from scripts.sweep_plan import Sweep, SweepRun, check_runs, load_sweep, read_swe
 from scripts.sweep_queue import STATES, Status, status_of, work
 from scripts.sweep_table import write_results
 from sira_jax.errors import ConfigError, check
-from sira_jax.files import naming, write_text
+from sira_jax.files import make_directory, write_text
 
 SWEEP = flags.DEFINE_string(
     "sweep", None, "FILE or FILE:ARGUMENT with get_sweep; default: the sweep that --workdir has."
@@ -170,8 +170,7 @@ def _write_jobs(runs: Sequence[SweepRun], sweep: Sweep, workdir: Path) -> None:
         files, start = sweep_jobs.gke(*common, *wanted), "kubectl create -f"
     save_sweep(workdir, sweep)
     out = Path(JOBS_OUT.value or workdir)
-    with naming(out):
-        out.mkdir(parents=True, exist_ok=True)
+    make_directory(out, f"--jobs_out={out}")
     for name, text in files.items():
         write_text(out / name, text)
         print(f"{start} {out / name}   starts {len(left)} runs, {WORKERS.value} at once")

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from scripts import assemble
 from scripts.compare_runs import RunSpec, read_json
 from sira_jax.errors import ConfigError, DataError, SiraError
-from sira_jax.files import naming, write_text
+from sira_jax.files import make_directory, write_text
 from sira_jax.training.config import ExperimentConfig, make_experiment
 from sira_jax.training.loop import CHECKPOINTS
 
@@ -141,11 +141,7 @@ def save_sweep(workdir: Path, sweep: Sweep) -> None:
         }
         for run in sweep.runs
     ]
-    try:
-        with naming(workdir):
-            workdir.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ConfigError(f"--workdir={workdir}: is not a directory, or lies in none") from None
+    make_directory(workdir, f"--workdir={workdir}")
     plan = {"sweep": sweep.source, "runs": runs, "same": dict(sweep.same)}
     write_text(workdir / PLAN_FILE, json.dumps(plan, indent=1))
 

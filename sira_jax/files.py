@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from sira_jax.errors import StorageError
+from sira_jax.errors import ConfigError, StorageError
 
 # What a user mends without touching the program: room, rights and devices.
 STORAGE_ERRORS = frozenset(
@@ -34,6 +34,20 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
         if error.errno not in STORAGE_ERRORS:
             raise
         raise StorageError(f"{os.fspath(path)}: cannot be written: {error.strerror}") from error
+
+
+def make_directory(path: str | os.PathLike, what: str) -> None:
+    """Makes a directory with its parents, if it is missing.
+
+    Raises:
+      ConfigError: it cannot be one, because a file stands there or on the way; the message begins with `what`.
+      StorageError: the device is full or fails.
+    """
+    try:
+        with naming(path):
+            os.makedirs(path, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(f"{what}: is not a directory, or lies in none") from None
 
 
 def open_binary(path: str | os.PathLike, buffering: int = -1) -> BinaryIO:
